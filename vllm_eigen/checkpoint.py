@@ -1,0 +1,232 @@
+"""The Eigen checkpoint: the one definition of the format, for the writer and for the reader.
+
+A checkpoint is an ordinary Hugging Face folder whose `config.json` keeps the base `model_type`,
+names the Eigen architecture, and carries an `eigen` section (`EigenConfig`). Per layer it holds
+
+    q_proj     [num_heads * rank_k, hidden]              folded
+               [num_heads * head_size, hidden]           pre-rope (unchanged)
+    k_proj     [num_latent_heads * rank_k, hidden]
+    v_proj     [num_latent_heads * rank_v, hidden]
+    o_proj     [hidden, num_heads * rank_v]
+    key_basis  [num_kv_heads, rank_k, head_size]         pre-rope only: k_hat = k' key_basis
+
+with `num_latent_heads = num_kv_heads / head_group`; biases follow their projection. Everything
+else is the base model's. This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_eigen.errors import CheckpointError
+from vllm_eigen.families import Family, Geometry, KeyMode, family_of
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+KEY_BASIS = "key_basis"
+
+
+class LayerRanks(BaseModel):
+    """Cached width of one layer, in elements per latent head and token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank_k: int = Field(ge=1, description="columns of the key basis")
+    rank_v: int = Field(ge=1, description="columns of the value basis")
+
+
+class EigenConfig(BaseModel):
+    """The `eigen` section of `config.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = Field(description="version of this format")
+    key_mode: KeyMode = Field(description="what the key cache holds")
+    method: str = Field(description="name of the calibration method that chose the bases")
+    num_heads: int = Field(ge=1, description="query heads")
+    num_kv_heads: int = Field(ge=1, description="KV heads of the base model")
+    head_size: int = Field(ge=1, description="head size of the base model; the softmax scale's")
+    head_group: int = Field(default=1, ge=1, description="KV heads that share one latent head")
+    layers: tuple[LayerRanks, ...] = Field(min_length=1, description="ranks, first layer first")
+    provenance: dict[str, Any] = Field(description="how, when and from what it was made")
+
+    @model_validator(mode="after")
+    def _check(self) -> EigenConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads")
+        if self.num_kv_heads % self.head_group:
+            raise ValueError(f"head_group {self.head_group} does not divide {self.num_kv_heads}")
+        full = self.head_size * self.head_group
+        for index, layer in enumerate(self.layers):
+            if layer.rank_k > full or layer.rank_v > full:
+                raise ValueError(
+                    f"layer {index}: ranks ({layer.rank_k}, {layer.rank_v}) exceed the full {full}"
+                )
+        return self
+
+    @property
+    def num_latent_heads(self) -> int:
+        """Heads in the cache."""
+        return self.num_kv_heads // self.head_group
+
+    @property
+    def elements_per_token(self) -> int:
+        """Cached elements a token, over all layers."""
+        return self.num_latent_heads * sum(layer.rank_k + layer.rank_v for layer in self.layers)
+
+    @property
+    def uncompressed_elements_per_token(self) -> int:
+        """Cached elements a token of the base model, over all layers."""
+        return 2 * self.num_kv_heads * self.head_size * len(self.layers)
+
+    @property
+    def kv_ratio(self) -> float:
+        """KV-cache bytes relative to the base model at the same element type."""
+        return self.elements_per_token / self.uncompressed_elements_per_token
+
+
+def parse_config(config: Mapping[str, Any], where: str = CONFIG_FILE) -> EigenConfig:
+    """Validate the `eigen` section of a `config.json` dictionary against the rest of it.
+
+    Raises:
+        CheckpointError: the section is missing, malformed, of an unknown version, or does not fit.
+        UnsupportedModelError: the architecture has no description.
+    """
+    section = config.get("eigen")
+    if not isinstance(section, Mapping):
+        raise CheckpointError(
+            f"{where} has no 'eigen' section: not an Eigen checkpoint; "
+            "make one with `vllm-eigen calibrate`"
+        )
+    version = section.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: eigen format version {version!r} is unknown, this release reads "
+            f"{FORMAT_VERSION}; calibrate again or install the release that wrote it"
+        )
+    try:
+        eigen = EigenConfig.model_validate(section)
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: {_first_problem(error)}") from error
+    family = family_of(config)
+    _check_fit(eigen, family, family.geometry(config), where)
+    return eigen
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], EigenConfig]:
+    """Read and validate `folder/config.json`; returns the whole dictionary and its eigen section.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: see `parse_config`.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return config, parse_config(config, str(path))
+
+
+def tensor_shapes(
+    eigen: EigenConfig, family: Family, hidden_size: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every attention tensor the format fixes, layer by layer."""
+    latent_heads = eigen.num_latent_heads
+    for index, ranks in enumerate(eigen.layers):
+        path = family.attention_path(index)
+        query_size = ranks.rank_k if eigen.key_mode == "folded" else eigen.head_size
+        yield f"{path}.{family.q_proj}.weight", (eigen.num_heads * query_size, hidden_size)
+        yield f"{path}.{family.k_proj}.weight", (latent_heads * ranks.rank_k, hidden_size)
+        yield f"{path}.{family.v_proj}.weight", (latent_heads * ranks.rank_v, hidden_size)
+        yield f"{path}.{family.o_proj}.weight", (hidden_size, eigen.num_heads * ranks.rank_v)
+        if eigen.key_mode == "pre-rope":
+            shape = (eigen.num_kv_heads, ranks.rank_k, eigen.head_size)
+            yield f"{path}.{KEY_BASIS}", shape
+
+
+def validate(folder: Path) -> EigenConfig:
+    """Check a whole checkpoint: config, shard files, and the shape of every attention tensor.
+
+    Reads only the headers of the weight files.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: what is wrong, in which file or tensor.
+    """
+    folder = Path(folder)
+    config, eigen = read_config(folder)
+    family = family_of(config)
+    shapes = _stored_shapes(folder)
+    hidden_size = family.geometry(config).hidden_size
+    for name, expected in tensor_shapes(eigen, family, hidden_size):
+        stored = shapes.get(name, shapes.get(name.removeprefix("model.")))
+        if stored is None:
+            raise CheckpointError(f"{folder}: tensor {name} is missing; calibrate again")
+        if stored != expected:
+            raise CheckpointError(
+                f"{folder}: tensor {name} has shape {list(stored)}, the ranks in config.json ask "
+                f"for {list(expected)}; calibrate again"
+            )
+    return eigen
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in the folder's safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error}") from error
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors file; calibrate again")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} is missing or damaged ({error}); calibrate again or copy it again"
+            ) from error
+    return shapes
+
+
+def _check_fit(eigen: EigenConfig, family: Family, geometry: Geometry, where: str) -> None:
+    """The eigen section must describe the model that the rest of the config describes."""
+    pairs = (
+        ("num_heads", eigen.num_heads, geometry.num_heads),
+        ("num_kv_heads", eigen.num_kv_heads, geometry.num_kv_heads),
+        ("head_size", eigen.head_size, geometry.head_size),
+        ("number of layers", len(eigen.layers), geometry.num_layers),
+    )
+    for name, found, expected in pairs:
+        if found != expected:
+            raise CheckpointError(
+                f"{where}: eigen {name} is {found}, the model has {expected}; calibrate again"
+            )
+    if eigen.key_mode not in family.key_modes:
+        raise CheckpointError(
+            f"{where}: key mode {eigen.key_mode} does not fit {family.architecture} "
+            f"({', '.join(family.key_modes)})"
+        )
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in ("eigen", *first["loc"]))
+    return f"{place}: {first['msg']}"

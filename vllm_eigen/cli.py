@@ -1,0 +1,67 @@
+"""The `vllm-eigen` command: finds its subcommands and runs one.
+
+A subcommand is a light module announced under the entry-point group `vllm_eigen.commands` with
+
+    HELP: str
+    def add_arguments(parser: argparse.ArgumentParser) -> None
+    def run(args: argparse.Namespace) -> int
+
+It imports torch, vLLM and the like only inside `run`, so `--help` stays instant. Errors of the
+project's tree end as one line on standard error; Ctrl-C ends with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from typing import Protocol
+
+from vllm_eigen import __version__
+from vllm_eigen.errors import EigenError
+
+GROUP = "vllm_eigen.commands"
+
+
+class Command(Protocol):
+    """What a subcommand module offers."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's options."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work; returns the exit status."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    modules = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    parser = argparse.ArgumentParser(
+        prog="vllm-eigen",
+        description="Compress a model's KV cache with Eigen Attention and serve it in vLLM.",
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-eigen {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in sorted(modules):
+        command: Command = importlib.import_module(modules[name])  # type: ignore[assignment]
+        subparser = commands.add_parser(name, help=command.HELP, description=command.HELP)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except EigenError as error:
+        print(f"vllm-eigen {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"vllm-eigen {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Model families as descriptions: where the attention projections are and how positions enter.
+
+Calibration reads a Hugging Face model through a description, the plugin builds vLLM's model of
+the same architecture through it. A new family is one more row in `FAMILIES`, never a copied model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_eigen.errors import UnsupportedModelError
+
+KeyMode = Literal["folded", "pre-rope", "post-rope"]
+"""What the cache holds: keys folded into the projection (no rotary embedding), low-rank keys
+before the rotary embedding, or low-rank keys after it."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face architecture.
+
+    Module paths are dotted attribute names, equal to the parameter names in the checkpoint.
+
+    Attributes:
+        architecture: the base class name, e.g. `LlamaForCausalLM`.
+        decoder: the module that owns `layers`, its embeddings and its final norm.
+        layers: name of the layer list inside `decoder`.
+        attention: name of the attention module inside a layer.
+        q_proj, k_proj, v_proj, o_proj: names of the linear maps inside the attention module.
+        rotary: whether keys and queries are rotated by position before their dot product.
+    """
+
+    model_type: str
+    architecture: str
+    decoder: str
+    layers: str
+    attention: str
+    q_proj: str
+    k_proj: str
+    v_proj: str
+    o_proj: str
+    rotary: bool
+
+    @property
+    def eigen_architecture(self) -> str:
+        """Name under which the compressed model is registered in vLLM."""
+        return f"Eigen{self.architecture}"
+
+    @property
+    def key_modes(self) -> tuple[KeyMode, ...]:
+        """Key-cache modes the family allows, the default first."""
+        return ("pre-rope",) if self.rotary else ("folded",)
+
+    def attention_path(self, layer: int) -> str:
+        """Dotted path of a layer's attention module, e.g. `model.layers.3.self_attn`."""
+        return f"{self.decoder}.{self.layers}.{layer}.{self.attention}"
+
+    def geometry(self, config: Mapping[str, Any]) -> Geometry:
+        """Head counts and sizes from a `config.json` dictionary.
+
+        Raises:
+            UnsupportedModelError: a needed field is missing or the sizes do not divide.
+        """
+        try:
+            hidden_size = int(config["hidden_size"])
+            num_heads = int(config["num_attention_heads"])
+            num_layers = int(config["num_hidden_layers"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"config.json of {self.architecture}: field {error} is missing or not a number"
+            ) from error
+        num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
+        head_size = int(config.get("head_dim") or hidden_size // max(num_heads, 1))
+        if num_heads < 1 or num_heads % num_kv_heads:
+            raise UnsupportedModelError(
+                f"config.json of {self.architecture}: {num_heads} query heads cannot share "
+                f"{num_kv_heads} KV heads"
+            )
+        return Geometry(num_layers, num_heads, num_kv_heads, head_size, hidden_size)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the uncompressed attention."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+
+
+_LLAMA = dict(
+    decoder="model",
+    layers="layers",
+    attention="self_attn",
+    q_proj="q_proj",
+    k_proj="k_proj",
+    v_proj="v_proj",
+    o_proj="o_proj",
+    rotary=True,
+)
+
+FAMILIES: tuple[Family, ...] = (
+    Family(model_type="llama", architecture="LlamaForCausalLM", **_LLAMA),  # type: ignore[arg-type]
+    Family(
+        model_type="opt",
+        architecture="OPTForCausalLM",
+        decoder="model.decoder",
+        layers="layers",
+        attention="self_attn",
+        q_proj="q_proj",
+        k_proj="k_proj",
+        v_proj="v_proj",
+        o_proj="out_proj",
+        rotary=False,
+    ),
+)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family named by a `config.json` dictionary, base or Eigen.
+
+    Raises:
+        UnsupportedModelError: no description fits; the message lists those there are.
+    """
+    architectures = config.get("architectures") or []
+    for family in FAMILIES:
+        if family.architecture in architectures or family.eigen_architecture in architectures:
+            return family
+    named = ", ".join(map(str, architectures)) or f"model_type {config.get('model_type')!r}"
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    raise UnsupportedModelError(f"architecture {named} is not supported; supported: {supported}")
