@@ -1,0 +1,1 @@
+"""Offline calibration: text -> moments -> bases -> ranks -> folded checkpoint."""

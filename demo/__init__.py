@@ -1,1 +1,1 @@
-"""The demonstration: a corpus found on any machine, a small trained model, and how it was trained."""
+"""The demonstration: text found on any machine, and a small model trained on it."""

@@ -31,7 +31,7 @@ TRAINING_SOURCES = (
     *EVALUATION_SOURCES,
     *("vllm", "numpy", "networkx", "numba", "huggingface_hub", "compressed_tensors", "pydantic"),
     *("openai", "fastapi", "starlette", "aiohttp", "requests", "urllib3", "httpx", "click", "rich"),
-    *("jinja2", "jsonschema", "setuptools", "pip", "websockets", "fsspec", "PIL", "psutil"),
+    *("jinja2", "jsonschema", "pip", "websockets", "fsspec", "PIL", "psutil"),
 )
 SPLITS = ("train", "calibration", "heldout")
 HELDOUT_PERCENT = CALIBRATION_PERCENT = 3
@@ -42,14 +42,16 @@ _MIN_PROSE_SHARE = 0.82
 _MIN_COMMON_WORDS = 0.12
 _MAX_COPIED_SHARE = 0.5
 _COMMON_WORDS = frozenset(
-    "a an and are as at be by can for from has if in is it not of on or that the this to used "
-    "when which will with you".split()
+    (
+        *("a", "an", "and", "are", "as", "at", "be", "by", "can", "for", "from", "has", "if", "in"),
+        *("is", "it", "not", "of", "on", "or", "that", "the", "this", "to", "used", "when"),
+        *("which", "will", "with", "you"),
+    )
 )
 _LICENCE = re.compile(r"copyright|licen[cs]ed? (under|is)|warrant(y|ies)|all rights reserved", re.I)
 _ROLE = re.compile(r":[a-z]+(?::[a-z]+)*:`[~!]?([^`<]*?)(?:\s*<[^>`]*>)?`")
 _FENCE = re.compile(r"^[ ]*```.*?(?:^[ ]*```[ ]*$|\Z)", re.M | re.S)
-_ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2026": "..."})
-_ASCII |= str.maketrans({"\u2013": "-", "\u2014": "-", "\u00a0": " "})
+_ASCII = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u00a0", "''\"\"-- ") | {0x2026: "..."}
 _DOCTEST = re.compile(r"^[ ]*>>>.*\n?(?:[ ]*\S.*\n?)*", re.M)
 _DIRECTIVE = re.compile(r"^[ ]*\.\. .*\n?", re.M)
 _TRAILING_HEADING = re.compile(r"\n(?:Examples?|Usage)\b[^\n]*(?:\n-+)?\s*\Z")
@@ -193,6 +195,7 @@ def _mostly_copied(document: str, seen: set[int]) -> bool:
 
 
 def main() -> None:
+    """Command line of this module."""
     parser = argparse.ArgumentParser(description="Write one split of the demo corpus to a file.")
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument("--output", type=Path, required=True)

@@ -6,7 +6,8 @@ A subcommand is a light module announced under the entry-point group `vllm_eigen
     def add_arguments(parser: argparse.ArgumentParser) -> None
     def run(args: argparse.Namespace) -> int
 
-It imports torch, vLLM and the like only inside `run`, so `--help` stays instant. Errors of the
+It imports torch, vLLM and the like only inside `run`, so `--help` stays instant. A module with
+`RAW_ARGUMENTS = True` parses its own command line, found in `args.arguments`. Errors of the
 project's tree end as one line on standard error; Ctrl-C ends with 130.
 """
 
@@ -41,18 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     modules = {entry.name: entry.value for entry in entry_points(group=GROUP)}
-    parser = argparse.ArgumentParser(
-        prog="vllm-eigen",
-        description="Compress a model's KV cache with Eigen Attention and serve it in vLLM.",
-    )
-    parser.add_argument("--version", action="version", version=f"vllm-eigen {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in sorted(modules):
-        command: Command = importlib.import_module(modules[name])  # type: ignore[assignment]
-        subparser = commands.add_parser(name, help=command.HELP, description=command.HELP)
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-    args = parser.parse_args(arguments)
+    args = _parse(arguments, modules)
     try:
         return int(args.run(args))
     except EigenError as error:
@@ -61,6 +51,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"vllm-eigen {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: list[str], modules: dict[str, str]) -> argparse.Namespace:
+    """Parse the command line; a named command imports only its own module."""
+    named = arguments[0] if arguments and arguments[0] in modules else None
+    if named is not None:
+        command = _load(modules[named])
+        if getattr(command, "RAW_ARGUMENTS", False):
+            return argparse.Namespace(command=named, arguments=arguments[1:], run=command.run)
+    parser = argparse.ArgumentParser(
+        prog="vllm-eigen",
+        description="Compress a model's KV cache with Eigen Attention and serve it in vLLM.",
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-eigen {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in [named] if named is not None else sorted(modules):
+        command = _load(modules[name])
+        subparser = commands.add_parser(name, help=command.HELP, description=command.HELP)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser.parse_args(arguments)
+
+
+def _load(module: str) -> Command:
+    loaded: Command = importlib.import_module(module)  # type: ignore[assignment]
+    return loaded
 
 
 if __name__ == "__main__":

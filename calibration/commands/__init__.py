@@ -1,0 +1,1 @@
+"""Subcommands of `vllm-eigen` that work offline; light modules, heavy imports only inside `run`."""

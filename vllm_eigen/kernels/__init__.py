@@ -1,0 +1,32 @@
+"""Attention over a paged cache of low-rank latents; see README.md in this folder.
+
+`load("cpu")` gives the C++ kernels, `load("reference")` the plain PyTorch ones; both satisfy
+`Kernels` and compute the same thing. Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+from vllm_eigen.errors import KernelError
+
+from .interface import Kernels, Rebuild, ScoreOptions
+
+__all__ = ["NAMES", "Kernels", "Rebuild", "ScoreOptions", "load"]
+
+NAMES = ("reference", "cpu")
+
+
+def load(name: str) -> Kernels:
+    """The kernels called `name`; "cpu" compiles its library on first use (seconds).
+
+    Raises KernelError, in one line, for an unknown name or where the machine lacks what they need;
+    falling back is the caller's decision, to be logged.
+    """
+    if name == "reference":
+        from .reference import ReferenceKernels
+
+        return ReferenceKernels()
+    if name == "cpu":
+        from .cpu import CpuKernels
+
+        return CpuKernels()
+    raise KernelError(f"unknown kernels {name!r}; choose one of {', '.join(NAMES)}")

@@ -1,0 +1,50 @@
+// What Python hands over, field by field as in cpu.py. Pointers are to CPU memory; strides count
+// elements; the last dimension of every tensor is contiguous.
+#pragma once
+
+#include <cstdint>
+
+namespace eigen {
+
+struct Cache {
+  void* pages;
+  int64_t type, block_stride, head_stride;  // element::Type; strides in cache elements
+  int64_t num_blocks, num_kv_heads, block_size, rank_k, rank_v;
+  double k_scale, v_scale;
+};
+
+struct WriteArgs {
+  Cache cache;
+  const void *key, *value;
+  int64_t type, key_token_stride, key_head_stride, value_token_stride, value_head_stride;
+  const int64_t* slots;
+  int64_t num_tokens, threads;
+};
+
+// Rebuilt keys. A plane is two dimensions that rotate together; planes past `rotary_planes` do
+// not rotate. Rows of `basis` are in plane order (x0, y0, x1, y1, ..), as 32-bit units.
+struct RebuildArgs {
+  const uint32_t* basis;   // [num_heads][2 * planes][units of rank_k]
+  const float* offset;     // [num_heads][2 * planes] or null
+  const int32_t* order;    // [2 * planes] dimension of the head in each row; -1 is padding
+  const float* cos_sin;    // [positions / 16][rotary_planes][cos, sin][16]
+  int64_t num_heads, planes, rotary_planes, positions;
+};
+
+struct AttendArgs {
+  Cache cache;
+  const void* query;
+  void* output;
+  int64_t type;  // of query and output
+  int64_t query_token_stride, query_head_stride, output_token_stride, output_head_stride;
+  int64_t num_heads, query_size, num_seqs;
+  const int32_t *query_start_loc, *seq_lens, *block_table;
+  int64_t block_table_stride;
+  const float* alibi_slopes;  // or null
+  double scale, soft_cap;     // soft_cap 0: none
+  int64_t window;             // 0: none
+  const RebuildArgs* rebuild; // or null
+  int64_t threads;
+};
+
+}  // namespace eigen

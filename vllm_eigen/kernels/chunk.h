@@ -1,0 +1,132 @@
+// Attention of a few query rows over one chunk of keys: scores, weights, weighted values.
+//
+// Everything here works on a chunk, kChunk tokens from a multiple of kChunk. A row's result
+// depends on its query, its bounds and the chunk alone: on no other row, no tiling, no thread.
+#pragma once
+
+#include <algorithm>
+
+#include "multiply.h"
+#include "page.h"
+#include "softmax.h"
+
+namespace eigen {
+
+constexpr int kChunk = 256;
+constexpr int kAlign = 16;     // runs of tokens inside a page start and end at multiples of this
+constexpr int kTileRows = 32;  // query rows that share a pass over the keys
+
+// Where K of some consecutive tokens lies: a page, or a buffer of rebuilt keys.
+template <class E>
+struct KeyRun {
+  const typename E::Storage* first;   // unit row 0 at the first token
+  const typename E::Storage* single;  // the odd last dimension, or null
+  int64_t stride;                     // from unit row to unit row
+  int units;                          // full unit rows
+  int tokens;                         // multiple of kAlign
+};
+
+// scores[row][t] = query row . key t, rows of kChunk.
+template <class E>
+void score_run(const uint32_t* queries, int64_t query_stride, int rows, const KeyRun<E>& keys,
+               float* scores) {
+  const auto tile = [&](auto vectors, int t, int most_rows) {
+    constexpr int NV = decltype(vectors)::value;
+    const int step = even_part(rows, most_rows);
+    for (int r = 0; r < rows; r += step) {
+      with_rows<rows_for(NV), NV>(std::min(step, rows - r), [&](auto count) {
+        constexpr int MR = decltype(count)::value;
+        F c[MR][NV] = {};
+        const uint32_t* q = queries + r * query_stride;
+        multiply<E, MR, NV>(c, q, query_stride, keys.first + t * E::pack, keys.stride, keys.units);
+        for (int i = 0; i < MR; ++i) {
+          for (int v = 0; v < NV; ++v) {
+            if (keys.single)
+              c[i][v] = E::dot(c[i][v], E::load_single(keys.single + t + v * W),
+                               E::broadcast(q[i * query_stride + keys.units]));
+            store(scores + (r + i) * kChunk + t + v * W, c[i][v]);
+          }
+        }
+      });
+    }
+  };
+  constexpr int wide = kAccumulators / 3, narrow = kAccumulators / 6;
+  int t = 0;
+  if (rows <= 3)
+    for (; t + wide * W <= keys.tokens; t += wide * W) tile(Const<wide>{}, t, rows_for(wide));
+  for (; t + narrow * W <= keys.tokens; t += narrow * W)
+    tile(Const<narrow>{}, t, rows_for(narrow));
+  for (; t < keys.tokens; t += W) tile(Const<1>{}, t, rows_for(1));
+}
+
+// out[row][d] += sum of weights[row][unit] * values[unit][d] over `units` token units; rows of
+// `padded` (rank_v rounded up to W).
+template <class E>
+void add_values(const uint32_t* weights, int rows, const typename E::Storage* values,
+                int64_t stride, int units, int rank_v, float* out, int padded) {
+  constexpr int widest = kAccumulators / 3;
+  const int vectors = padded / W;
+  const int nv = even_part(vectors, rows <= 3 ? widest : std::min(widest, 6));
+  const auto block = [&](auto count, int v0) {
+    constexpr int NV = decltype(count)::value;
+    const int step = even_part(rows, rows_for(NV));
+    const int last = std::min(W, rank_v - (v0 + NV - 1) * W);
+    for (int r = 0; r < rows; r += step) {
+      with_rows<rows_for(NV), NV>(std::min(step, rows - r), [&](auto rows_here) {
+        constexpr int MR = decltype(rows_here)::value;
+        float* to = out + r * padded + v0 * W;
+        F c[MR][NV];
+        for (int i = 0; i < MR; ++i)
+          for (int v = 0; v < NV; ++v) c[i][v] = load<F>(to + i * padded + v * W);
+        multiply<E, MR, NV>(c, weights + r * kChunk, kChunk, values + v0 * W * E::pack, stride,
+                            units, last);
+        for (int i = 0; i < MR; ++i)
+          for (int v = 0; v < NV; ++v) store(to + i * padded + v * W, c[i][v]);
+      });
+    }
+  };
+  for (int v0 = 0; v0 < vectors; v0 += nv) {
+    switch (std::min(nv, vectors - v0)) {
+      case 1: block(Const<1>{}, v0); break;
+      case 2: block(Const<2>{}, v0); break;
+      case 3: block(Const<3>{}, v0); break;
+      case 4: block(Const<4>{}, v0); break;
+#if defined(__AVX512F__)
+      case 5: block(Const<5>{}, v0); break;
+      case 6: block(Const<6>{}, v0); break;
+      case 7: block(Const<7>{}, v0); break;
+      case 8: block(Const<8>{}, v0); break;
+#endif
+    }
+  }
+}
+
+// add_values over tokens [begin, end) of the chunk; `token_in_page` is where `begin` lies. Of a
+// unit that only half belongs to the range the other half is taken as zero: it may be memory
+// that was never written. `edge` is room for one row of values.
+template <class E>
+void add_value_run(const uint32_t* weights, int rows, const Page<E>& layout,
+                   const typename E::Storage* page, int token_in_page, int begin, int end,
+                   float* out, int padded, typename E::Storage* edge) {
+  const auto half_unit = [&](int token, int kept) {
+    const auto* row = layout.values(page, token_in_page + token - begin);
+    for (int d = 0; d < layout.rank_v; ++d) {
+      edge[2 * d + kept] = row[2 * d + kept];
+      edge[2 * d + 1 - kept] = 0;
+    }
+    add_values<E>(weights + token / 2, rows, edge, layout.value_stride(), 1, layout.rank_v, out,
+                  padded);
+  };
+  int first = begin, last = end;
+  if constexpr (E::pack == 2) {
+    if (first % 2 != 0) half_unit(first++, 1);
+    last -= last % 2;
+  }
+  if (first < last)
+    add_values<E>(weights + first / E::pack, rows,
+                  layout.values(page, token_in_page + first - begin), layout.value_stride(),
+                  (last - first) / E::pack, layout.rank_v, out, padded);
+  if (E::pack == 2 && last < end && last >= first) half_unit(last, 0);
+}
+
+}  // namespace eigen

@@ -1,0 +1,72 @@
+// The one register-blocked product behind scores, values and rebuilt keys.
+//
+//     c[r][lanes] += sum over u of a[r][u] * b[u][lanes]      r < MR rows, NV vectors of W lanes
+//
+// a is a row-major array of 32-bit units to broadcast; b is rows of cache units. Every c[r] is
+// summed in the order of u alone, whatever MR and NV are: the same bits in any tiling.
+#pragma once
+
+#include "element.h"
+
+namespace eigen {
+
+// `last` is how many units the last vector of b really has. kAhead > 0 asks for the rows of b
+// that many bytes ahead: hardware prefetch stops at page borders and starts late.
+template <class E, int MR, int NV, int kAhead = 0>
+EIGEN_INLINE void multiply(F (&c)[MR][NV], const uint32_t* a, int64_t a_stride,
+                           const typename E::Storage* b, int64_t b_stride, int count,
+                           int last = W) {
+  for (int u = 0; u < count; ++u) {
+    typename E::Unit vectors[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV - 1; ++v) vectors[v] = E::load(b + v * W * E::pack);
+    vectors[NV - 1] = E::load_first(b + (NV - 1) * W * E::pack, last);
+    if constexpr (kAhead > 0) {
+      const char* line = reinterpret_cast<const char*>(b) + kAhead;
+      constexpr int bytes = NV * W * E::pack * static_cast<int>(sizeof(typename E::Storage));
+#pragma GCC unroll 16
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const auto unit = E::broadcast(a[r * a_stride + u]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) c[r][v] = E::dot(c[r][v], vectors[v], unit);
+    }
+    b += b_stride;
+  }
+}
+
+template <int N>
+struct Const {
+  static constexpr int value = N;
+};
+
+// Calls f(Const<rows>{}) for run-time 1 <= rows <= MR where MR * NV accumulators fit.
+template <int MR, int NV, class Fn>
+EIGEN_INLINE void with_rows(int rows, Fn&& f) {
+  if constexpr (MR == 1) {
+    f(Const<1>{});
+  } else if constexpr (MR * NV > kAccumulators) {
+    with_rows<MR - 1, NV>(rows, f);
+  } else {
+    if (rows == MR)
+      f(Const<MR>{});
+    else
+      with_rows<MR - 1, NV>(rows, f);
+  }
+}
+
+constexpr int kMaxRows = 6;
+
+constexpr int rows_for(int nv) {
+  return kAccumulators / nv < kMaxRows ? kAccumulators / nv : kMaxRows;
+}
+
+// Splits `total` into the fewest equal parts of at most `most`; returns the part.
+EIGEN_INLINE int even_part(int total, int most) {
+  const int parts = (total + most - 1) / most;
+  return (total + parts - 1) / parts;
+}
+
+}  // namespace eigen

@@ -1,0 +1,162 @@
+// Vectors of the machine: the only file that knows instruction sets.
+//
+// W floats are handled at once, as GCC vector extensions, so one source serves AVX-512 (W = 16),
+// AVX2 and everything else (W = 8, which the compiler splits where registers are narrower).
+// Intrinsics appear only where plain C++ has no word for the instruction.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define EIGEN_INLINE inline __attribute__((always_inline))
+
+namespace eigen {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+constexpr int kAccumulators = 24;  // of 32 registers; the rest hold operands
+#else
+constexpr int W = 8;
+constexpr int kAccumulators = 12;  // of 16
+#endif
+
+typedef float F __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef int16_t SH __attribute__((vector_size(2 * W)));
+typedef int8_t B __attribute__((vector_size(W)));
+
+template <class V>
+EIGEN_INLINE V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+EIGEN_INLINE void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// The first n of a vector's W elements, zeros behind; memory past them is not touched.
+template <class V>
+EIGEN_INLINE V load_first(const void* p, int n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(V) == 64) return (V)_mm512_maskz_loadu_epi32(mask, p);
+  if constexpr (sizeof(V) == 32) return (V)_mm256_maskz_loadu_epi16(mask, p);
+  if constexpr (sizeof(V) == 16) return (V)_mm_maskz_loadu_epi8(mask, p);
+#else
+  if (n == W) return load<V>(p);
+  V v = {};
+  std::memcpy(&v, p, n * (sizeof(V) / W));
+  return v;
+#endif
+}
+
+EIGEN_INLINE F splat(float x) { return F{} + x; }
+
+EIGEN_INLINE I iota() {
+  I v;
+  for (int i = 0; i < W; ++i) v[i] = i;
+  return v;
+}
+
+EIGEN_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
+
+EIGEN_INLINE float max_of(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float m = v[0];
+  for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
+
+EIGEN_INLINE float sum_of(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = v[0];
+  for (int i = 1; i < W; ++i) s += v[i];
+  return s;
+#endif
+}
+
+EIGEN_INLINE F max(F a, F b) { return a > b ? a : b; }
+
+// 2^x to 2e-7, exactly 0 below -126 (so 2^-inf = 0), for x <= 126.
+EIGEN_INLINE F exp2(F x) {
+  const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const I tiny = x < -126.0f;
+  const F safe = select(tiny, splat(-126.0f), x);
+  const F shifted = safe + magic;
+  const F f = safe - (shifted - magic);  // in [-0.5, 0.5]
+  F p = splat(1.535336188319500e-4f);
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  const F scaled = (F)((I)p + ((I)shifted << 23));
+  return select(tiny, F{}, scaled);
+}
+
+// Scalars need the same bits as vectors: the order in which partial results meet is promised.
+EIGEN_INLINE float exp2(float x) { return exp2(splat(x))[0]; }
+
+EIGEN_INLINE F tanh(F x) {
+  const F bounded = max(splat(-15.0f), -max(splat(-15.0f), -x));
+  return 1.0f - 2.0f / (exp2(bounded * 2.885390081777927f) + 1.0f);
+}
+
+EIGEN_INLINE F float_of_half(H h) {
+#if defined(__AVX512F__)
+  return (F)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (F)_mm256_cvtph_ps((__m128i)h);
+#else
+  // As a float the half's bits are 2^-112 of its value, subnormals included.
+  const I bits = __builtin_convertvector(h, I);
+  const F magnitude = (F)((bits & 0x7fff) << 13) * 5.192296858534828e33f;
+  return (F)((I)magnitude | ((bits & 0x8000) << 16));
+#endif
+}
+
+EIGEN_INLINE H half_of_float(F v) {
+#if defined(__AVX512F__)
+  return (H)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (H)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const I bits = (I)v;
+  const I sign = (bits >> 16) & 0x8000;
+  const F a = (F)(bits & 0x7fffffff);
+  // Subnormal halves are multiples of 2^-24: let the adder round. Others round on their bits.
+  const I small = (I)(a + 0.5f) - 0x3f000000;
+  const I even = ((I)a >> 13) & 1;
+  I normal = (((I)a + 0xfff + even) >> 13) - (112 << 10);
+  normal = normal > 0x7c00 ? (I{} + 0x7c00) : normal;
+  return __builtin_convertvector(sign | (a < 6.103515625e-5f ? small : normal), H);
+#endif
+}
+
+EIGEN_INLINE H bf16_of_float(F v) {
+#if defined(__AVX512BF16__)
+  return (H)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const I bits = (I)v;
+  return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, H);
+#endif
+}
+
+EIGEN_INLINE F float_of_bf16(H h) { return (F)(__builtin_convertvector(h, I) << 16); }
+
+}  // namespace eigen
