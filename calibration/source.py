@@ -6,6 +6,7 @@ than memory can be read layer by layer, from safetensors or from the older `.bin
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,14 @@ class Source:
     def weights(self) -> Weights:
         """Its tensors, by the names transformers gives them."""
         return Weights(self.folder, self.family)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short digest of the configuration and the weight files' names and sizes."""
+        digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
+        for path in _weight_files(self.folder):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()[:16]
 
     @property
     def max_positions(self) -> int:
@@ -119,6 +128,9 @@ class Weights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
+    def __len__(self) -> int:
+        return len(self._files)
+
     def get(self, name: str) -> torch.Tensor:
         """One tensor in its stored type.
 
@@ -139,11 +151,6 @@ class Weights:
             )
         return tensor
 
-    def under(self, prefix: str) -> dict[str, torch.Tensor]:
-        """All tensors of the module at `prefix`, by their names inside it."""
-        start = f"{prefix}."
-        return {name[len(start) :]: self.get(name) for name in self if name.startswith(start)}
-
     def bytes_under(self, prefix: str) -> int:
         """Size of a module's tensors as stored, in bytes; empty prefix for all."""
         names = [name for name in self if name.startswith(f"{prefix}." if prefix else "")]
@@ -163,9 +170,8 @@ def _download(model: str) -> Path:
     missing = InputError(
         f"model {model!r} is neither a folder nor a model of the Hugging Face hub; check the name"
     )
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        if "/" in model or Path(model).exists():
-            raise missing
+    if model.count("/") > 1 or model.startswith((".", "/", "~")) or Path(model).exists():
+        raise missing
     try:
         folder = Path(snapshot_download(model, allow_patterns=list(_PATTERNS)))
         if not any(folder.glob("*.safetensors")):

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from calibration.fold import Maps
 from calibration.methods.base import Batch
 from calibration.moments import rotate
 from vllm_eigen.families import Family, Geometry, KeyMode
-
-Maps = tuple[torch.Tensor, torch.Tensor]
-"""Encoder [num_latent_heads, latent_size, rank] and decoder [num_latent_heads, rank,
-latent_size]."""
 
 
 @contextlib.contextmanager
@@ -29,13 +26,20 @@ def capture(
     """While open, every forward of `layer` hands `sink` the batch its attention saw."""
     attention = layer.get_submodule(family.attention)
     seen: dict[str, Any] = {}
+    o_proj = attention.get_submodule(family.o_proj).weight.detach()
+    o_proj = o_proj.reshape(o_proj.shape[0], -1, geometry.head_size)
 
     def tables(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["cos"], seen["sin"] = kwargs.get("position_embeddings") or (None, None)
 
     def context(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen["context"] = heads(args[0])
-        sink(Batch(**{name: seen.pop(name) for name in list(seen)}))
+
+    def finish(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # transformers' eager attention returns (output, probabilities) in every family.
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        sink(Batch(**seen, weights=weights, o_proj=o_proj))
+        seen.clear()
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.detach().reshape(*x.shape[:2], -1, geometry.head_size)
@@ -53,6 +57,7 @@ def capture(
         stack.callback(
             attention.get_submodule(family.o_proj).register_forward_pre_hook(context).remove
         )
+        stack.callback(attention.register_forward_hook(finish).remove)
         yield
 
 

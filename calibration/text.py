@@ -1,8 +1,9 @@
 """Calibration and evaluation text: files or a Hugging Face data set, cut into token windows.
 
-`<|endoftext|>` separates documents in a file. Documents are joined with the tokenizer's
-end-of-text token, and every window starts with its beginning-of-text token where it has one, as
-the model was trained to see.
+`<|endoftext|>` separates documents in a file. A tokenizer that puts a beginning-of-text token
+before a text does so before each document and each window; after the documents of one that does
+not, its end-of-text token follows, if it has one. That is what models of either kind were
+trained to see.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ def read_files(paths: Iterable[str | Path]) -> Corpus:
     Raises:
         InputError: a file is missing, not text, or all of them are empty.
     """
-    paths = [Path(path) for path in paths]
+    files = [Path(path) for path in paths]
     documents: list[str] = []
-    for path in paths:
+    for path in files:
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
@@ -71,7 +72,7 @@ def read_files(paths: Iterable[str | Path]) -> Corpus:
                 f"text {path} is not UTF-8 (byte {error.start}); convert it"
             ) from error
         documents += [part for part in text.split(SEPARATOR) if part.strip()]
-    names = ", ".join(path.name for path in paths)
+    names = ", ".join(path.name for path in files)
     if not documents:
         raise InputError(f"text {names} is empty; pass a file with some pages of prose")
     return Corpus(names, documents)
@@ -126,8 +127,9 @@ def sample_windows(
     order = list(corpus.documents)
     rng.shuffle(order)
     wanted = (samples + held_out) * length
-    tokens = _tokenize(order, tokenizer, vocab_size, stop=_SURPLUS * wanted)
-    windows = _cut(tokens, _prefix(tokenizer), length, corpus.name)
+    start = _prefix(tokenizer)
+    tokens = _tokenize(order, tokenizer, start, vocab_size, stop=_SURPLUS * wanted)
+    windows = _cut(tokens, start, length, corpus.name)
     available = len(windows)
     picked = list(range(available))
     rng.shuffle(picked)
@@ -147,24 +149,25 @@ def all_windows(
     Raises:
         InputError: the text is too short, or its tokens do not fit the model.
     """
-    tokens = _tokenize(corpus.documents, tokenizer, vocab_size, stop=limit)
-    return _cut(tokens, _prefix(tokenizer), length, corpus.name)[: _windows(limit, length)]
-
-
-def _windows(limit: int | None, length: int) -> int | None:
-    return None if limit is None else max(1, limit // length)
+    start = _prefix(tokenizer)
+    tokens = _tokenize(corpus.documents, tokenizer, start, vocab_size, stop=limit)
+    windows = _cut(tokens, start, length, corpus.name)
+    return windows if limit is None else windows[: max(1, limit // length)]
 
 
 def _tokenize(
-    documents: Sequence[str], tokenizer: Any, vocab_size: int, stop: int | None
+    documents: Sequence[str],
+    tokenizer: Any,
+    start: list[int],
+    vocab_size: int,
+    stop: int | None,
 ) -> list[int]:
-    end = tokenizer.eos_token_id
+    end = [] if start or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     for document in documents:
         # A whole book is one sequence here: silence the warning about the model's length.
-        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        if end is not None:
-            tokens.append(end)
+        body = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += start + body + end
         if stop is not None and len(tokens) >= stop:
             break
     if tokens and max(tokens) >= vocab_size:
@@ -177,9 +180,8 @@ def _tokenize(
 
 def _prefix(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer itself puts before a text."""
-    start = tokenizer.bos_token_id
-    added = tokenizer("a")["input_ids"][:1]
-    return [start] if start is not None and added == [start] else []
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _cut(tokens: list[int], prefix: list[int], length: int, name: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ strings the standard library and the installed packages carry, read with `ast` (
 
 A module belongs to exactly one split, chosen by a hash of its name, so the calibration and held-out
 documents come from modules the model never saw; documents copied between modules (common in
-transformers) are taken out of the training split.
+transformers) stay in one split only.
 
 Usage: python -m demo.corpus --split heldout --output FILE --max-bytes N
 """
@@ -33,7 +33,7 @@ TRAINING_SOURCES = (
     *("openai", "fastapi", "starlette", "aiohttp", "requests", "urllib3", "httpx", "click", "rich"),
     *("jinja2", "jsonschema", "pip", "websockets", "fsspec", "PIL", "psutil"),
 )
-SPLITS = ("train", "calibration", "heldout")
+SPLITS = ("heldout", "calibration", "train")  # each leaves out what those before it hold
 HELDOUT_PERCENT = CALIBRATION_PERCENT = 3
 
 _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "testing", "_vendor"}
@@ -69,18 +69,11 @@ def documents(split: str, sources: Iterable[str] | None = None) -> Iterator[str]
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if sources is None:
         sources = TRAINING_SOURCES if split == "train" else EVALUATION_SOURCES
-    seen: set[int] = set()
-    if split == "train":
-        for other in ("calibration", "heldout"):
-            for document in documents(other):
-                seen.update(map(hash, document.split("\n\n")))
-    files = (item for source in sources for item in _modules(source))
-    chosen = sorted((_digest(name), name, path) for name, path in files if _split(name) == split)
-    for _, _, path in chosen:
-        for text in _strings(path):
-            document = _clean(text)
-            if _reads_as_prose(document) and not _mostly_copied(document, seen):
-                yield document
+    elsewhere: set[int] = set()
+    for other in SPLITS[: SPLITS.index(split)]:
+        for document in _documents(other, EVALUATION_SOURCES, set()):
+            elsewhere.update(map(hash, document.split("\n\n")))
+    yield from _documents(split, sources, elsewhere)
 
 
 def write(split: str, path: Path, max_bytes: int) -> int:
@@ -111,6 +104,17 @@ def source_root(source: str) -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _documents(split: str, sources: Iterable[str], seen: set[int]) -> Iterator[str]:
+    """Documents of the modules of `split` that are not mostly `seen` paragraphs (hashes)."""
+    files = (item for source in sources for item in _modules(source))
+    chosen = sorted((_digest(name), name, path) for name, path in files if _split(name) == split)
+    for _, _, path in chosen:
+        for text in _strings(path):
+            document = _clean(text)
+            if _reads_as_prose(document) and not _mostly_copied(document, seen):
+                yield document
 
 
 def _modules(source: str) -> Iterator[tuple[str, Path]]:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from argparse import Namespace
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 
-from server.figures import Figures, mean_usage
-from server.schemas import KVCache
+from server import dashboard, routes
+from server.errors import routing_error
+from server.figures import Figures
+from server.gauges import Gauges
+from server.limits import BodyLimit
+from server.monitor import Monitor
+from server.units import counted, size
 from vllm_eigen.errors import EngineError
 
-LAYOUT_TIMEOUT = 30.0
-"""Seconds to wait for the workers' layout."""
+logger = logging.getLogger("vllm.eigen")
 
-router = APIRouter(tags=["kv cache"])
-
-
-@router.get("/v1/kv_cache", summary="KV cache as allocated and used")
-async def kv_cache(request: Request) -> KVCache:
-    """Pool, use, and bytes a token with and without compression, read from the engine."""
-    figures: Figures | None = getattr(request.app.state, "eigen_figures", None)
-    if figures is None:
-        raise HTTPException(503, detail="the engine has not reported its KV cache")
-    from vllm.v1.metrics.prometheus import get_prometheus_registry
-
-    return figures.answer(mean_usage(get_prometheus_registry().collect()))
+LAYOUT_SECONDS = 30.0
+"""How long to wait for the workers' layout."""
 
 
 class KVCacheEndpoints:
@@ -36,27 +32,67 @@ class KVCacheEndpoints:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes."""
-        app.include_router(router)
+        """Add the routes, the bounds on request bodies, and OpenAI's shape for routing errors."""
+        app.include_router(routes.router)
+        app.include_router(dashboard.router)
+        app.add_middleware(BodyLimit)
+        app.add_exception_handler(HTTPException, routing_error)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Read the cache layout from the workers, once.
+        """Read the cache layout from the workers, once, and begin to sample.
 
-        Raises:
-            EngineError: the workers lack our extension, or do not answer in time.
+        An engine without such a layout still serves; our routes then answer 503 and say why.
         """
-        state.eigen_figures = None
-        if engine_client is None:
-            return
         try:
-            ranks = await asyncio.wait_for(
-                engine_client.collective_rpc("eigen_kv_layout"), timeout=LAYOUT_TIMEOUT
-            )
-        except TimeoutError as error:
-            raise EngineError("the engine did not report its KV cache in time") from error
-        config = engine_client.vllm_config
-        state.eigen_figures = Figures(
-            ranks,
-            full_element_size=config.model_config.dtype.itemsize,
-            num_engines=config.parallel_config.data_parallel_size,
+            figures = await _figures(engine_client)
+        except EngineError as error:
+            logger.warning("no KV-cache statistics: %s", error)
+            state.eigen_monitor = str(error)
+            return
+        names = args.served_model_name or [args.model]
+        gauges = Gauges(names if isinstance(names, str) else names[0])
+        state.eigen_monitor = Monitor(figures, publish=gauges.publish)
+        state.eigen_monitor.start()
+        if getattr(engine_client.vllm_config.parallel_config, "_api_process_rank", 0) <= 0:
+            logger.info(explain(figures))
+
+
+def explain(figures: Figures) -> str:
+    """What the pool holds, in one line."""
+    ratio = figures.bytes_per_token / figures.full_bytes_per_token
+    line = f"KV pool {size(figures.pool_bytes)} = {counted(figures.capacity)} tokens"
+    if figures.bytes_per_token == figures.full_bytes_per_token:
+        return f"{line}, uncompressed"
+    without = counted(figures.uncompressed_capacity)
+    return f"{line}; uncompressed it would hold {without} (KV ratio {ratio:.2f})"
+
+
+async def _figures(engine_client: Any) -> Figures:
+    """The layout of the engine's cache.
+
+    Raises:
+        EngineError: there is no engine, it keeps no statistics, or its workers do not answer.
+    """
+    if engine_client is None:
+        raise EngineError("this server has no engine")
+    if not getattr(engine_client, "log_stats", True):
+        raise EngineError("statistics are switched off; start without --disable-log-stats")
+    try:
+        ranks = await asyncio.wait_for(
+            engine_client.collective_rpc("eigen_kv_layout"), timeout=LAYOUT_SECONDS
         )
+    except TimeoutError as error:
+        raise EngineError("the engine did not report its KV cache in time") from error
+    except Exception as error:
+        raise EngineError(
+            "the workers cannot report their KV cache; start with `vllm-eigen serve`, which adds "
+            f"the worker extension ({type(error).__name__})"
+        ) from error
+    config = engine_client.vllm_config
+    return Figures(
+        ranks,
+        full_element_size=config.model_config.dtype.itemsize,
+        max_model_len=config.model_config.max_model_len,
+        pool_blocks=config.cache_config.num_gpu_blocks,
+        block_size=config.cache_config.block_size,
+    )

@@ -1,7 +1,9 @@
 """The attention layers of an Eigen model: project to low rank, cache, attend, project back.
 
-`EigenSelfAttention` stands where the stock model has its attention module; `EigenAttention` is
-vLLM's `Attention` inside it, whose KV-cache specification has the layer's own ranks.
+`EigenAttention` is vLLM's `Attention` with a KV-cache specification of the layer's own ranks. One
+of two modules stands around it, in the place of the stock model's attention module:
+`FoldedSelfAttention`, whose projections have the bases multiplied in, or `UntouchedSelfAttention`,
+which keeps the stock projections and applies the bases beside them.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_eigen.checkpoint import EigenConfig
+from vllm_eigen.checkpoint import EigenConfig, LayerRanks, basis_shapes
+from vllm_eigen.families import Family
 from vllm_eigen.kernels import Rebuild
 from vllm_eigen.projections import EigenQKVLinear
 from vllm_eigen.vllm_internals import (
@@ -22,6 +25,7 @@ from vllm_eigen.vllm_internals import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     rotary_cos_sin,
+    score_options,
     set_weight_attrs,
 )
 
@@ -31,21 +35,24 @@ class EigenAttention(Attention):
 
     The base class derives the KV-cache specification from `head_size = rank_k` and
     `head_size_v = rank_v`; only the query may be wider (`query_size`).
+
+    Attributes:
+        full_elements: elements the uncompressed layer would cache a token on this rank.
+        rebuild: how cached keys become full keys; None where they are used as they are.
     """
 
     rebuild: Rebuild | None = None
-    """How cached keys become full keys; None where they are used as they are."""
-
-    full_elements: int
-    """Elements the uncompressed layer would cache a token on this rank."""
 
     def __init__(
-        self, query_size: int, rank_k: int, rank_v: int, full_elements: int, **options: Any
+        self, query_size: int, ranks: LayerRanks, full_elements: int, **options: Any
     ) -> None:
         from vllm_eigen.backend import EigenAttentionBackend
 
         super().__init__(
-            head_size=rank_k, head_size_v=rank_v, attn_backend=EigenAttentionBackend, **options
+            head_size=ranks.rank_k,
+            head_size_v=ranks.rank_v,
+            attn_backend=EigenAttentionBackend,
+            **options,
         )
         self.query_size = query_size
         self.full_elements = full_elements
@@ -75,77 +82,96 @@ class EigenAttention(Attention):
 
 
 class EigenSelfAttention(nn.Module):
-    """Replacement of a stock model's attention module, of any family.
+    """What both replacements of a stock attention module share: the cache and the positions.
 
     Args:
-        stock: the module to stand in for; its rotary embedding, masks and biases carry over.
-        o_proj: attribute name of the output projection, in `stock` and here.
+        stock: the module to stand in for; its rotary embedding, mask and biases carry over.
+        eigen: the checkpoint's description.
+        layer: index of the decoder layer.
     """
 
     def __init__(
         self,
         stock: nn.Module,
-        o_proj: str,
+        family: Family,
         eigen: EigenConfig,
         layer: int,
-        hidden_size: int,
         vllm_config: VllmConfig,
     ) -> None:
         super().__init__()
-        ranks = eigen.layers[layer]
-        attention: Attention = stock.attn
-        prefix = attention.layer_name.rpartition(".")[0]
-        query_size = ranks.rank_k if eigen.key_mode == "folded" else eigen.head_size
-        stock_output: RowParallelLinear = getattr(stock, o_proj)
-        num_kv_heads = max(1, eigen.num_kv_heads // get_tensor_model_parallel_world_size())
+        self.ranks = eigen.layers[layer]
+        self.key_mode = eigen.key_mode
+        self.head_size = eigen.head_size
+        self.rotary_emb: nn.Module | None = getattr(stock, "rotary_emb", None)
+        tp_size = get_tensor_model_parallel_world_size()
+        self.num_heads = eigen.num_heads // tp_size
+        self.num_kv_heads = max(1, eigen.num_kv_heads // tp_size)
+        query_size = eigen.head_size if eigen.key_mode == "pre-rope" else self.ranks.rank_k
+        self.attn = EigenAttention(
+            query_size,
+            self.ranks,
+            full_elements=2 * eigen.head_size * self.num_kv_heads,
+            num_heads=self.num_heads,
+            num_kv_heads=max(1, eigen.num_latent_heads // tp_size),
+            cache_config=vllm_config.cache_config,
+            prefix=stock.attn.layer_name,
+            **score_options(stock.attn),
+        )
+
+    def add_basis(self, name: str, shape: tuple[int, int, int]) -> None:
+        """Create a parameter of `shape` [heads, ...] over all ranks, this rank's heads of it."""
+        tp_size = get_tensor_model_parallel_world_size()
+        heads = max(1, shape[0] // tp_size)
+        first = get_tensor_model_parallel_rank() // max(1, tp_size // shape[0]) * heads
+
+        def load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+            parameter.data.copy_(loaded.narrow(0, first, heads))
+
+        parameter = nn.Parameter(torch.empty(heads, *shape[1:]), requires_grad=False)
+        set_weight_attrs(parameter, {"weight_loader": load})
+        self.register_parameter(name, parameter)
+
+    def rebuild_keys(self) -> None:
+        """Let the attention kernels rebuild full rotary keys through `key_basis`."""
+        self.attn.rebuild = Rebuild(key_basis=self.key_basis, **rotary_cos_sin(self.rotary_emb))
+
+
+class FoldedSelfAttention(EigenSelfAttention):
+    """Attention whose projections make and read latents directly: nothing is left to do."""
+
+    def __init__(
+        self,
+        stock: nn.Module,
+        family: Family,
+        eigen: EigenConfig,
+        layer: int,
+        vllm_config: VllmConfig,
+    ) -> None:
+        super().__init__(stock, family, eigen, layer, vllm_config)
+        prefix = stock.attn.layer_name.rpartition(".")[0]
+        stock_output: RowParallelLinear = getattr(stock, family.o_proj)
+        hidden_size = stock_output.output_size
         self.qkv_proj = EigenQKVLinear(
             hidden_size,
-            query_size,
-            ranks.rank_k,
-            ranks.rank_v,
+            self.attn.query_size,
+            self.ranks.rank_k,
+            self.ranks.rank_v,
             eigen.num_heads,
             eigen.num_latent_heads,
             bias=stock.qkv_proj.bias is not None,
             prefix=f"{prefix}.qkv_proj",
         )
         output = RowParallelLinear(
-            eigen.num_heads * ranks.rank_v,
+            eigen.num_heads * self.ranks.rank_v,
             hidden_size,
             bias=stock_output.bias is not None,
-            prefix=f"{prefix}.{o_proj}",
+            prefix=f"{prefix}.{family.o_proj}",
         )
-        self.add_module(o_proj, output)
-        self._output = o_proj
-        self.rotary_emb: nn.Module | None = getattr(stock, "rotary_emb", None)
-        self.attn = EigenAttention(
-            query_size,
-            ranks.rank_k,
-            ranks.rank_v,
-            full_elements=2 * eigen.head_size * num_kv_heads,
-            num_heads=self.qkv_proj.num_heads,
-            num_kv_heads=self.qkv_proj.num_kv_heads,
-            scale=eigen.head_size**-0.5,
-            cache_config=vllm_config.cache_config,
-            per_layer_sliding_window=attention.sliding_window,
-            prefix=attention.layer_name,
-        )
+        self.add_module(family.o_proj, output)
+        self._output = family.o_proj
         if eigen.key_mode == "pre-rope":
-            self._add_key_basis(eigen, ranks.rank_k)
-
-    def _add_key_basis(self, eigen: EigenConfig, rank_k: int) -> None:
-        """Create the parameter `key_basis` [num_kv_heads, rank_k, head_size], sharded by head."""
-        tp_size = get_tensor_model_parallel_world_size()
-        num_kv_heads = max(1, eigen.num_kv_heads // tp_size)
-        replicas = max(1, tp_size // eigen.num_kv_heads)
-        first = get_tensor_model_parallel_rank() // replicas * num_kv_heads
-
-        def load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-            parameter.data.copy_(loaded.narrow(0, first, num_kv_heads))
-
-        basis = torch.empty(num_kv_heads, rank_k, eigen.head_size)
-        self.key_basis = nn.Parameter(basis, requires_grad=False)
-        set_weight_attrs(self.key_basis, {"weight_loader": load})
-        self.attn.rebuild = Rebuild(key_basis=self.key_basis, **rotary_cos_sin(self.rotary_emb))
+            self.add_basis("key_basis", (eigen.num_kv_heads, self.ranks.rank_k, eigen.head_size))
+            self.rebuild_keys()
 
     def forward(
         self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None
@@ -157,3 +183,76 @@ class EigenSelfAttention(nn.Module):
             query, _ = self.rotary_emb(positions, query, None)
         output, _ = getattr(self, self._output)(self.attn(query, key, value))
         return output
+
+
+class UntouchedSelfAttention(EigenSelfAttention):
+    """Attention that keeps the stock projections, quantized or adapted as they may be.
+
+    Latents are made from what the stock module would cache: after its norms and clips, and in
+    post-rope mode after rotation.
+    """
+
+    def __init__(
+        self,
+        stock: nn.Module,
+        family: Family,
+        eigen: EigenConfig,
+        layer: int,
+        vllm_config: VllmConfig,
+    ) -> None:
+        super().__init__(stock, family, eigen, layer, vllm_config)
+        self.qkv_proj = stock.qkv_proj
+        self.q_norm: nn.Module | None = getattr(stock, "q_norm", None)
+        self.k_norm: nn.Module | None = getattr(stock, "k_norm", None)
+        self.clip_qkv: float | None = getattr(stock, "clip_qkv", None)
+        self.add_module(family.o_proj, getattr(stock, family.o_proj))
+        self._output = family.o_proj
+        self._widths = [
+            self.num_heads * self.head_size,
+            self.num_kv_heads * self.head_size,
+            self.num_kv_heads * self.head_size,
+        ]
+        for name, shape in basis_shapes(eigen, self.ranks).items():
+            self.add_basis(name, shape)
+        if eigen.key_mode == "pre-rope":
+            self.rebuild_keys()
+
+    def forward(
+        self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention of a decoder layer, [num_tokens, hidden] to [num_tokens, hidden]."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        if self.clip_qkv:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        query, key, value = qkv.split(self._widths, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query = self.q_norm(query.reshape(-1, self.head_size)).view(query.shape)
+            key = self.k_norm(key.reshape(-1, self.head_size)).view(key.shape)
+        if self.rotary_emb is not None:
+            rotated = key if self.key_mode == "post-rope" else None
+            query, _ = self.rotary_emb(positions, query, rotated)
+        if self.key_mode != "pre-rope":
+            query = _per_head(query, self.key_basis.mT, self.num_heads)
+        latent_heads = self.attn.num_kv_heads
+        context = self.attn(
+            query,
+            _per_head(key, self.key_encoder, latent_heads),
+            _per_head(value, self.value_encoder, latent_heads),
+        )
+        context = _per_head(context, self.value_basis, self.num_heads)
+        output, _ = getattr(self, self._output)(context)
+        return output
+
+
+def _per_head(rows: torch.Tensor, maps: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Multiply each head by its map, heads that share one in order.
+
+    Args:
+        rows: [num_tokens, num_heads * size].
+        maps: [num_maps, size, new_size], num_maps dividing num_heads.
+
+    Returns:
+        [num_tokens, num_heads * new_size].
+    """
+    grouped = rows.reshape(rows.shape[0], maps.shape[0], num_heads // maps.shape[0], -1)
+    return torch.einsum("nmhs,mst->nmht", grouped, maps).flatten(1)

@@ -11,7 +11,16 @@ names the Eigen architecture, and carries an `eigen` section (`EigenConfig`). Pe
     key_basis  [num_kv_heads, rank_k, head_size]         pre-rope only: k_hat = k' key_basis
 
 with `num_latent_heads = num_kv_heads / head_group`; biases follow their projection. Everything
-else is the base model's. This module imports neither torch nor vLLM.
+else is the base model's. Where keys pass through something nonlinear before they are cached (a
+norm, a clip, the rotary embedding in post-rope mode), or the base weights are to stay as they are,
+`projections` is `untouched`: q/k/v/o_proj are the base model's, and a layer adds
+
+    key_encoder    [num_latent_heads, head_group * head_size, rank_k]   k' = k key_encoder
+    key_basis      [num_kv_heads, rank_k, head_size]                    k_hat = k' key_basis
+    value_encoder  [num_latent_heads, head_group * head_size, rank_v]   v' = v value_encoder
+    value_basis    [num_kv_heads, rank_v, head_size]                    o = o' value_basis
+
+This module imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -19,7 +28,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,7 +37,13 @@ from vllm_eigen.families import Family, Geometry, KeyMode, family_of
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
+KEY_ENCODER = "key_encoder"
 KEY_BASIS = "key_basis"
+VALUE_ENCODER = "value_encoder"
+VALUE_BASIS = "value_basis"
+
+Projections = Literal["folded", "untouched"]
+"""Whether the bases are multiplied into the projections or stand beside them."""
 
 
 class LayerRanks(BaseModel):
@@ -47,6 +62,9 @@ class EigenConfig(BaseModel):
 
     format_version: int = Field(description="version of this format")
     key_mode: KeyMode = Field(description="what the key cache holds")
+    projections: Projections = Field(
+        default="folded", description="whether the bases are multiplied into the projections"
+    )
     method: str = Field(description="name of the calibration method that chose the bases")
     num_heads: int = Field(ge=1, description="query heads")
     num_kv_heads: int = Field(ge=1, description="KV heads of the base model")
@@ -61,6 +79,8 @@ class EigenConfig(BaseModel):
             raise ValueError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads")
         if self.num_kv_heads % self.head_group:
             raise ValueError(f"head_group {self.head_group} does not divide {self.num_kv_heads}")
+        if self.key_mode == "post-rope" and self.projections == "folded":
+            raise ValueError("key mode post-rope needs projections 'untouched'")
         full = self.head_size * self.head_group
         for index, layer in enumerate(self.layers):
             if layer.rank_k > full or layer.rank_v > full:
@@ -143,14 +163,28 @@ def tensor_shapes(
     latent_heads = eigen.num_latent_heads
     for index, ranks in enumerate(eigen.layers):
         path = family.attention_path(index)
+        if eigen.projections == "untouched":
+            for name, shape in basis_shapes(eigen, ranks).items():
+                yield f"{path}.{name}", shape
+            continue
         query_size = ranks.rank_k if eigen.key_mode == "folded" else eigen.head_size
         yield f"{path}.{family.q_proj}.weight", (eigen.num_heads * query_size, hidden_size)
         yield f"{path}.{family.k_proj}.weight", (latent_heads * ranks.rank_k, hidden_size)
         yield f"{path}.{family.v_proj}.weight", (latent_heads * ranks.rank_v, hidden_size)
         yield f"{path}.{family.o_proj}.weight", (hidden_size, eigen.num_heads * ranks.rank_v)
         if eigen.key_mode == "pre-rope":
-            shape = (eigen.num_kv_heads, ranks.rank_k, eigen.head_size)
-            yield f"{path}.{KEY_BASIS}", shape
+            yield f"{path}.{KEY_BASIS}", (eigen.num_kv_heads, ranks.rank_k, eigen.head_size)
+
+
+def basis_shapes(eigen: EigenConfig, ranks: LayerRanks) -> dict[str, tuple[int, int, int]]:
+    """Shapes of a layer's bases where the projections are untouched, by name."""
+    full = eigen.head_group * eigen.head_size
+    return {
+        KEY_ENCODER: (eigen.num_latent_heads, full, ranks.rank_k),
+        KEY_BASIS: (eigen.num_kv_heads, ranks.rank_k, eigen.head_size),
+        VALUE_ENCODER: (eigen.num_latent_heads, full, ranks.rank_v),
+        VALUE_BASIS: (eigen.num_kv_heads, ranks.rank_v, eigen.head_size),
+    }
 
 
 def validate(folder: Path) -> EigenConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vllm_eigen.attention import EigenSelfAttention
+from vllm_eigen.attention import FoldedSelfAttention, UntouchedSelfAttention
 from vllm_eigen.checkpoint import EigenConfig, parse_config, validate
 from vllm_eigen.families import FAMILIES, Family
 from vllm_eigen.vllm_internals import PPMissingLayer, VllmConfig, forget_layer, stock_model
@@ -18,18 +18,19 @@ from vllm_eigen.vllm_internals import PPMissingLayer, VllmConfig, forget_layer, 
 
 def replace_attention(model: nn.Module, family: Family, vllm_config: VllmConfig) -> None:
     """Put Eigen attention into every decoder layer this pipeline stage holds."""
-    config = vllm_config.model_config.hf_config
     eigen = eigen_config(vllm_config)
+    replacement = (
+        FoldedSelfAttention if eigen.projections == "folded" else UntouchedSelfAttention
+    )
     layers = model.get_submodule(f"{family.decoder}.{family.layers}")
     for index, layer in enumerate(layers):
         if isinstance(layer, PPMissingLayer):
             continue
         stock = getattr(layer, family.attention)
         forget_layer(vllm_config, stock.attn)
-        ours = EigenSelfAttention(
-            stock, family.o_proj, eigen, index, config.hidden_size, vllm_config
+        setattr(
+            layer, family.attention, replacement(stock, family, eigen, index, vllm_config)
         )
-        setattr(layer, family.attention, ours)
 
 
 def eigen_config(vllm_config: VllmConfig) -> EigenConfig:

@@ -28,6 +28,9 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, "vllm_eigen.backend.EigenAttentionBackend")
+    # vLLM dropped MPT; without it there would be no base model to compare with.
+    for name in ("MptForCausalLM", "MPTForCausalLM"):
+        ModelRegistry.register_model(name, "vllm_eigen.mpt:MPTForCausalLM")
     for family in FAMILIES:
         name = family.eigen_architecture
         ModelRegistry.register_model(name, f"vllm_eigen.models:{name}")

@@ -9,22 +9,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import (
+    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models import ModelRegistry
-from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    WeightsMapper,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -48,24 +64,37 @@ __all__ = [
     "AttentionImpl",
     "AttentionMetadataBuilder",
     "AttentionType",
+    "AutoWeightsLoader",
     "ColumnParallelLinear",
     "CommonAttentionMetadata",
+    "IntermediateTensors",
     "KVCacheLayout",
+    "LayerNorm",
+    "LogitsProcessor",
     "MultipleOf",
     "PPMissingLayer",
+    "ParallelLMHead",
     "QKVParallelLinear",
     "RowParallelLinear",
+    "SupportsPP",
     "VllmConfig",
+    "VocabParallelEmbedding",
+    "WeightsMapper",
     "cached_attention",
     "forget_layer",
     "get_current_vllm_config",
-    "get_forward_context",
+    "get_pp_group",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "init_logger",
+    "make_empty_intermediate_tensors_factory",
+    "make_layers",
+    "maybe_prefix",
     "rotary_cos_sin",
+    "score_options",
     "set_weight_attrs",
     "stock_model",
+    "support_torch_compile",
 ]
 
 
@@ -103,6 +132,20 @@ def cached_attention(
     torch.ops.vllm.unified_attention_with_output(
         query, key, value, output, name, kv_cache_dummy_dep=written
     )
+
+
+def score_options(attention: Attention) -> dict[str, Any]:
+    """How a stock layer scores keys, as arguments for another `Attention`."""
+    impl = attention.impl
+    slopes = getattr(impl, "alibi_slopes", None)
+    if isinstance(slopes, torch.Tensor):
+        slopes = slopes.tolist()
+    return {
+        "scale": impl.scale,
+        "alibi_slopes": slopes,
+        "logits_soft_cap": getattr(impl, "logits_soft_cap", None) or None,
+        "per_layer_sliding_window": attention.sliding_window,
+    }
 
 
 def rotary_cos_sin(rotary: nn.Module) -> dict[str, Any]:

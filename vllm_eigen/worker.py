@@ -15,30 +15,31 @@ class KVLayoutWorker:
     def eigen_kv_layout(self) -> list[dict[str, Any]]:
         """One row a cached attention layer on this rank, in layer order.
 
-        `num_blocks`, `block_size` (tokens) and `element_size` (bytes) describe the cache tensor;
-        `num_heads`, `rank_k`, `rank_v` the heads in it; `full_elements` is what the uncompressed
-        layer would cache a token on this rank, in elements.
+        `num_blocks`, `block_size` (tokens) and `bytes_per_token` describe the cache tensor, which
+        vLLM shapes [num_blocks, head slots, block_size, content] on every device; `rank_k` and
+        `rank_v` the heads in it; `full_elements` is what the uncompressed layer would cache a
+        token on this rank, in elements.
         """
         context = self.vllm_config.compilation_config.static_forward_context  # type: ignore[attr-defined]
         rows = []
         for name, layer in context.items():
-            cache = getattr(layer, "kv_cache", None)
-            if cache is None or cache.dim() != 4:
+            cache: Any = getattr(layer, "kv_cache", None)
+            if getattr(cache, "ndim", 0) != 4 or not hasattr(layer, "head_size"):
                 continue
-            num_blocks, num_heads, block_size, width = cache.shape
+            num_blocks, head_slots, block_size, content = cache.shape
             rank_k = int(layer.head_size)
-            full = getattr(layer, "full_elements", num_heads * width)
+            rank_v = int(getattr(layer, "head_size_v", rank_k))
+            # Back ends pack keys and values side by side or in head slots of their own.
+            plain = int(layer.num_kv_heads) * (rank_k + rank_v)
             rows.append(
                 {
                     "name": name,
                     "num_blocks": int(num_blocks),
                     "block_size": int(block_size),
-                    "element_size": int(cache.element_size()),
-                    "num_heads": int(num_heads),
+                    "bytes_per_token": int(head_slots * content * cache.element_size()),
                     "rank_k": rank_k,
-                    "rank_v": int(width) - rank_k,
-                    "full_elements": int(full),
-                    "dtype": str(layer.kv_cache_dtype),
+                    "rank_v": rank_v,
+                    "full_elements": int(getattr(layer, "full_elements", plain)),
                     "torch_dtype": str(cache.dtype).removeprefix("torch."),
                 }
             )

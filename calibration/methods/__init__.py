@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from calibration.methods.base import Method
 
 METHODS: dict[str, str] = {
+    "sensitivity": "calibration.methods.sensitivity:Sensitivity",
     "paper": "calibration.methods.paper:Paper",
+    "released": "calibration.methods.released:Released",
 }
 """Name to "module:Class"; imported on use, so that `--help` stays instant."""
 

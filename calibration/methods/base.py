@@ -38,6 +38,9 @@ class Batch:
         context: the attention output before the output projection,
             [batch, length, num_heads, head_size]
         cos, sin: the rotary embedding's tables, [batch or 1, length, head_size]; None without it.
+        weights: attention probabilities, [batch, num_heads, length, length]; None where the
+            attention implementation does not give them.
+        o_proj: weight of the output projection, [hidden_size, num_heads, head_size].
     """
 
     query: torch.Tensor
@@ -46,6 +49,20 @@ class Batch:
     context: torch.Tensor
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    o_proj: torch.Tensor | None = None
+
+    def attention(self) -> torch.Tensor:
+        """The attention probabilities of a batch that must have them."""
+        if self.weights is None:
+            raise ValueError("this batch was captured without attention probabilities")
+        return self.weights
+
+    def output_weight(self) -> torch.Tensor:
+        """The output projection of a batch that must have it."""
+        if self.o_proj is None:
+            raise ValueError("this batch was captured without the output projection")
+        return self.o_proj
 
     @property
     def tokens(self) -> int:
@@ -147,8 +164,12 @@ class Basis:
     def at(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Encoder [num_latent_heads, latent_size, rank] and decoder [.., rank, latent_size].
 
-        A method whose maps are not nested overrides this (and `full_rank`).
+        At full rank both are the identity: every basis spans the whole space then, and this one
+        adds no rounding.
         """
+        if rank == self.full_rank:
+            unit = torch.eye(rank, dtype=self.encoder.dtype).expand_as(self.encoder).contiguous()
+            return unit, unit
         return self.encoder[:, :, :rank], self.decoder[:, :rank, :]
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -187,8 +208,8 @@ class Method(ABC):
     max_head_group: ClassVar[int] = 1
 
     @abstractmethod
-    def statistics(self, key_mode: KeyMode) -> tuple[type[Statistic], ...]:
-        """The sums it needs to compress keys in this mode, and values."""
+    def statistics(self, key_mode: KeyMode, head_group: int = 1) -> tuple[type[Statistic], ...]:
+        """The sums it needs to compress keys in this mode, and values, for such groups."""
 
     @abstractmethod
     def bases(self, layer: Layer) -> LayerBases:

@@ -32,7 +32,7 @@ class Paper(Method):
     summary = "joint K-Q and value bases per head, Algorithm 1 (Eigen Attention as published)"
     rank_rule = "algorithm-1"
 
-    def statistics(self, key_mode: KeyMode) -> tuple[type[Statistic], ...]:
+    def statistics(self, key_mode: KeyMode, head_group: int = 1) -> tuple[type[Statistic], ...]:
         """Moments of keys and queries where they are compressed, and of values."""
         if key_mode == "post-rope":
             return (RotatedKeyMoment, RotatedQueryMoment, ValueMoment)

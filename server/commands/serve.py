@@ -1,28 +1,56 @@
 """`vllm-eigen serve MODEL [vLLM flags]`: vLLM's OpenAI server with our plugin and routes.
 
-Every flag is vLLM's own; the command adds the plugins, the worker extension, and early checks
-whose failures are one line instead of an engine's traceback.
+Every flag is vLLM's own; the command adds the plugins, the worker extension, a few defaults, and
+early checks whose failures are one line instead of an engine's traceback.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import os
-import socket
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from vllm_eigen.checkpoint import CONFIG_FILE, validate
-from vllm_eigen.errors import InputError, UsageError
+from server.checks import check_model, check_port, check_tls, root_path
+from vllm_eigen.errors import EigenError, EngineError, UsageError
 from vllm_eigen.vllm_version import check_vllm_version
+
+logger = logging.getLogger("vllm.eigen")
 
 HELP = "serve a model with vLLM's OpenAI server and KV-cache figures"
 RAW_ARGUMENTS = True
 
+USAGE = """\
+usage: vllm-eigen serve MODEL [vLLM flags]
+
+Serve a model, compressed or not, on vLLM's OpenAI-compatible server, with KV-cache figures at
+/v1/kv_cache, gauges vllm_eigen:* at /metrics and a live page at /dashboard.
+
+MODEL is a folder made by `vllm-eigen calibrate`, any other model folder, or a hub id.
+Every flag of vLLM's server applies; those most in use:
+
+  --host, --port             where to listen (all addresses, 8000)
+  --served-model-name NAME   name in the API (the folder's name, or the hub id)
+  --max-model-len N          longest sequence in tokens (the model's own)
+  --kv-cache-memory-bytes N  bytes of the KV-cache pool
+  --gpu-memory-utilization F share of the GPU to fill
+  --kv-cache-dtype TYPE      element type of the cache, e.g. fp8
+  --api-key KEY              ask for this key on /v1
+  --ssl-certfile, --ssl-keyfile
+  --root-path PREFIX         path under which a proxy offers the server
+  --api-server-count N       processes that answer HTTP
+  --shutdown-timeout S       seconds that running requests get after SIGTERM (30)
+
+  --help=all                 all flags
+  --help=GROUP               those of a group, e.g. Frontend, ModelConfig, CacheConfig
+"""
+
 PLUGINS = ("eigen", "eigen_kv_cache")
 WORKER_EXTENSION = "vllm_eigen.worker.KVLayoutWorker"
+DRAIN_SECONDS = 30
+"""vLLM's own default, 0, cuts running requests off at SIGTERM."""
 _GROUPS = (
     "vllm.general_plugins",
     "vllm.io_processor_plugins",
@@ -41,32 +69,53 @@ def run(args: argparse.Namespace) -> int:
     """Serve until stopped; returns the exit status.
 
     Raises:
-        EngineError, UsageError, InputError, CheckpointError: before the engine starts.
+        EngineError, UsageError, InputError, CheckpointError: before the engine starts, or when
+            it does not.
     """
     arguments: list[str] = args.arguments
     if not arguments:
-        raise UsageError("name a model: vllm-eigen serve MODEL [vLLM flags]; --help=all lists them")
+        raise UsageError("name a model: vllm-eigen serve MODEL [vLLM flags]; see --help")
+    if arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
     check_vllm_version()
     os.environ["VLLM_PLUGINS"] = ",".join(plugin_names(os.environ.get("VLLM_PLUGINS")))
+    if not arguments[0].startswith("-"):
+        check_model(arguments[0])
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(
-        prog="vllm-eigen serve", description="vLLM's OpenAI-compatible server, with Eigen Attention"
-    )
-    parsed = make_arg_parser(parser).parse_args(arguments)
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-eigen serve", description=HELP))
+    parser.set_defaults(shutdown_timeout=DRAIN_SECONDS)
+    parsed = parser.parse_args(arguments)
+    if parsed.model_tag is None and not _names_model(arguments):
+        raise UsageError("name a model: vllm-eigen serve MODEL [vLLM flags]; see --help")
+    prepare(parsed)
+    command = ServeSubcommand()
+    _validate(command, parsed)
+    _serve(command, parsed)
+    return 0
+
+
+def prepare(parsed: argparse.Namespace) -> None:
+    """Check vLLM's parsed flags and fill in our defaults.
+
+    Raises:
+        UsageError, InputError, CheckpointError: what the engine would stumble over later.
+    """
     model = parsed.model_tag or parsed.model
     check_model(model)
-    check_port(parsed.host, parsed.port)
+    if not (parsed.uds or parsed.headless):
+        check_port(parsed.host, parsed.port)
+    check_tls(parsed.ssl_certfile, parsed.ssl_keyfile)
+    parsed.root_path = root_path(parsed.root_path)
     if parsed.worker_extension_cls:
         raise UsageError("--worker-extension-cls is taken by vllm-eigen serve; drop the flag")
     parsed.worker_extension_cls = WORKER_EXTENSION
-    command = ServeSubcommand()
-    _validate(command, parsed)
-    command.cmd(parsed)
-    return 0
+    if not parsed.served_model_name and Path(model).is_dir():
+        parsed.served_model_name = [Path(model).resolve().name]
 
 
 def plugin_names(named: str | None) -> list[str]:
@@ -82,45 +131,37 @@ def plugin_names(named: str | None) -> list[str]:
     return list(dict.fromkeys([*names, *PLUGINS]))
 
 
-def check_model(model: str) -> None:
-    """Refuse a missing folder or a damaged Eigen checkpoint before the engine starts.
-
-    Raises:
-        InputError, CheckpointError: what is wrong with the folder.
-    """
-    folder = Path(model)
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if not folder.is_dir():
-        if looks_local:
-            raise InputError(f"model folder {model} does not exist")
-        return
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
-    names = config.get("architectures") or []
-    if "eigen" in config or any(str(name).startswith("Eigen") for name in names):
-        validate(folder)
-
-
-def check_port(host: str | None, port: int) -> None:
-    """Refuse a port that is taken.
-
-    Raises:
-        UsageError: another process listens there.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host or "0.0.0.0", port))
-        except OSError as error:
-            raise UsageError(
-                f"cannot listen on port {port}: {error.strerror}; choose another with --port"
-            ) from error
+def _names_model(arguments: list[str]) -> bool:
+    """Whether the model comes by `--model` or a `--config` file."""
+    return any(argument.split("=")[0] in ("--model", "--config") for argument in arguments)
 
 
 def _validate(command: Any, parsed: argparse.Namespace) -> None:
     try:
         command.validate(parsed)
     except (TypeError, ValueError) as error:
-        raise UsageError(str(error).splitlines()[0]) from error
+        raise UsageError(_first_line(error)) from error
+
+
+def _serve(command: Any, parsed: argparse.Namespace) -> None:
+    """Run vLLM's server; what ends it early becomes one line after the engine's own log.
+
+    Raises:
+        EngineError: the server did not start, or lost its engine.
+    """
+    try:
+        command.cmd(parsed)
+    except EigenError:
+        raise
+    except Exception as error:
+        logger.debug("the server ended", exc_info=True)
+        raise EngineError(f"vLLM ended: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """The message of an exception on one line; pydantic's has the reason on its third."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "validation error" in lines[0]:
+        lines = [line for line in lines[1:] if "Value error" in line] or lines
+    text = lines[0] if lines else type(error).__name__
+    return text.removeprefix("Value error, ").split(" [type=")[0]

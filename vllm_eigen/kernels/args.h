@@ -8,7 +8,7 @@ namespace eigen {
 
 struct Cache {
   void* pages;
-  int64_t type, block_stride, head_stride;  // element::Type; strides in cache elements
+  int64_t type, block_stride, head_stride;  // Type of element.h; strides in cache elements
   int64_t num_blocks, num_kv_heads, block_size, rank_k, rank_v;
   double k_scale, v_scale;
 };
@@ -39,7 +39,7 @@ struct AttendArgs {
   int64_t query_token_stride, query_head_stride, output_token_stride, output_head_stride;
   int64_t num_heads, query_size, num_seqs;
   const int32_t *query_start_loc, *seq_lens, *block_table;
-  int64_t block_table_stride;
+  int64_t block_table_stride, block_table_width;
   const float* alibi_slopes;  // or null
   double scale, soft_cap;     // soft_cap 0: none
   int64_t window;             // 0: none

@@ -134,7 +134,7 @@ class Attention {
       const size_t edge = (o_.layout_.rank_v * 4 + 127) / 64 * 64;
       const size_t states = (rows + kTileRows) * sizeof(RowState);
       char* at = static_cast<char*>(scratch.take(2 * tile + values + queries + keys + tile_values
-                                                 + edge + states + 4 * o_.query_rows_ + 256));
+                                                 + edge + states));
       const auto next = [&at](size_t bytes) {
         char* here = at;
         at += bytes;
@@ -149,7 +149,6 @@ class Attention {
       edge_ = reinterpret_cast<Storage*>(next(edge));
       states_ = reinterpret_cast<RowState*>(next(rows * sizeof(RowState)));
       tile_states_ = reinterpret_cast<RowState*>(next(kTileRows * sizeof(RowState)));
-      row_ = reinterpret_cast<float*>(next(4 * o_.query_rows_));
     }
 
     void compute(const Item& item, RowState* part_states, float* part_values) {
@@ -246,9 +245,8 @@ class Attention {
         const int64_t base =
             token * a.query_token_stride + query_head(item, i) * a.query_head_stride;
         const Type type = static_cast<Type>(a.type);
-        auto* to = reinterpret_cast<typename Q::Storage*>(
-            queries_ + static_cast<int64_t>(i) * o_.query_units_);
-        if (Q::pack == 2) to[2 * o_.query_units_ - 1] = 0;
+        uint32_t* to = queries_ + static_cast<int64_t>(i) * o_.query_units_;
+        to[o_.query_units_ - 1] = 0;  // the second half of an odd last pair
         for (int d = 0; d < o_.query_rows_; d += W) {
           const int n = std::min(W, o_.query_rows_ - d);
           F x{};
@@ -258,12 +256,12 @@ class Attention {
           } else {
             x = widen_first(type, a.query, base + d, n);
           }
-          put_query<Q>(x, to + d, n);
+          put_query<Q>(x, to + d / Q::pack, n);
         }
       }
     }
     template <class Q>
-    static void put_query(F x, typename Q::Storage* to, int n) {
+    static void put_query(F x, uint32_t* to, int n) {
       if constexpr (Q::pack == 2) {
         const H h = bf16_of_float(x);
         std::memcpy(to, &h, 2 * n);
@@ -338,7 +336,7 @@ class Attention {
     }
 
     const Attention& o_;
-    float *scores_, *values_, *tile_values_, *row_;
+    float *scores_, *values_, *tile_values_;
     uint32_t *weights_, *queries_;
     typename Keys::Storage* keys_;
     Storage* edge_;

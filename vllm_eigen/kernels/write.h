@@ -15,16 +15,16 @@ void write_latents(const WriteArgs& a) {
   const int rank_k = static_cast<int>(cache.rank_k), rank_v = static_cast<int>(cache.rank_v);
   const Page<E> layout{block_size, rank_k, rank_v};
   const Type type = static_cast<Type>(a.type);
-  const float k_factor = static_cast<float>(1.0 / cache.k_scale);
-  const float v_factor = static_cast<float>(1.0 / cache.v_scale);
+  const float k_scale = static_cast<float>(cache.k_scale);
+  const float v_scale = static_cast<float>(cache.v_scale);
 
   // W numbers of a row become W stored ones; `at` says where each goes.
-  const auto scatter = [&](const void* from, int64_t base, int size, float factor, auto&& at,
+  const auto scatter = [&](const void* from, int64_t base, int size, float scale, auto&& at,
                            Storage* page) {
     for (int d = 0; d < size; d += W) {
       const int n = size - d < W ? size - d : W;
       Storage stored[W];
-      E::narrow(widen_first(type, from, base + d, n) * factor, stored);
+      E::narrow(widen_first(type, from, base + d, n) / scale, stored);
       for (int i = 0; i < n; ++i) page[at(d + i)] = stored[i];
     }
   };
@@ -37,9 +37,9 @@ void write_latents(const WriteArgs& a) {
     for (int64_t h = 0; h < cache.num_kv_heads; ++h) {
       Storage* page = static_cast<Storage*>(cache.pages)
                       + slot / block_size * cache.block_stride + h * cache.head_stride;
-      scatter(a.key, i * a.key_token_stride + h * a.key_head_stride, rank_k, k_factor,
+      scatter(a.key, i * a.key_token_stride + h * a.key_head_stride, rank_k, k_scale,
               [&](int d) { return layout.key_at(d, token); }, page);
-      scatter(a.value, i * a.value_token_stride + h * a.value_head_stride, rank_v, v_factor,
+      scatter(a.value, i * a.value_token_stride + h * a.value_head_stride, rank_v, v_scale,
               [&](int d) { return layout.value_at(d, token); }, page);
     }
   }

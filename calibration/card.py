@@ -1,0 +1,81 @@
+"""The model card of a checkpoint: what it is, how to serve it, and the numbers measured."""
+
+from __future__ import annotations
+
+from calibration.source import Source
+from vllm_eigen.checkpoint import EigenConfig
+
+
+def model_card(source: Source, eigen: EigenConfig) -> str:
+    """README.md of the checkpoint, with the front matter that the Hugging Face hub reads."""
+    record = eigen.provenance
+    calibration = record.get("calibration", {})
+    lines = [
+        "---",
+        *([f"base_model: {source.name}"] if "/" in source.name else []),
+        "library_name: vllm",
+        "tags: [eigen-attention, kv-cache-compression, low-rank]",
+        "---",
+        "",
+        f"# {source.name}, KV cache at {eigen.kv_ratio:.2f}",
+        "",
+        f"{source.name} with a low-rank KV cache (Eigen Attention, arXiv 2408.05646): "
+        f"{eigen.elements_per_token:,} cached elements a token instead of "
+        f"{eigen.uncompressed_elements_per_token:,}, ratio {eigen.kv_ratio:.4f}. "
+        "Serve it with the vLLM plugin `vllm-eigen`:",
+        "",
+        "    vllm-eigen serve DIR",
+        "",
+        *_measured(record.get("measured", {})),
+        "## Ranks",
+        "",
+        f"Full rank {eigen.head_size * eigen.head_group}, {eigen.num_latent_heads} cached heads a "
+        f"layer, key cache `{eigen.key_mode}`, method `{eigen.method}`.",
+        "",
+        "| layer | rank K | rank V | layer output error |",
+        "|---|---|---|---|",
+        *(
+            f"| {index} | {layer.rank_k} | {layer.rank_v} | {error} |"
+            for index, (layer, error) in enumerate(
+                zip(eigen.layers, _errors(calibration, len(eigen.layers)), strict=True)
+            )
+        ),
+        "",
+        "## Calibration",
+        "",
+        *(
+            f"- {name.replace('_', ' ')}: {value}"
+            for name, value in calibration.items()
+            if not isinstance(value, list)
+        ),
+        f"- command: `{record.get('command', '')}`",
+        f"- date: {record.get('date', '')}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _measured(measured: dict[str, float]) -> list[str]:
+    if not measured:
+        return []
+    return [
+        "## Measured on held-out windows of the calibration text",
+        "",
+        "Offline in transformers' layers, float32.",
+        "",
+        "| | base | eigen |",
+        "|---|---|---|",
+        f"| perplexity | {measured['base_perplexity']:.4f} | {measured['eigen_perplexity']:.4f} |",
+        f"| top-1 agreement | 1 | {measured['top1_agreement']:.4f} |",
+        f"| KL a token | 0 | {measured['kl_per_token']:.5f} |",
+        "",
+        f"{int(measured['tokens']):,} tokens.",
+        "",
+    ]
+
+
+def _errors(calibration: dict[str, object], count: int) -> list[str]:
+    errors = calibration.get("layer_errors")
+    if not isinstance(errors, list):
+        return ["-"] * count
+    return [f"{error:.4f}" for error in errors]

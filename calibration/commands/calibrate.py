@@ -1,0 +1,122 @@
+"""`vllm-eigen calibrate`: make an Eigen checkpoint of a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calibration.methods import DEFAULT, METHODS
+from vllm_eigen.errors import UsageError
+
+if TYPE_CHECKING:
+    from calibration.text import Corpus
+
+HELP = "compress a model's KV cache: calibrate, fold, write a checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("model", metavar="MODEL", help="folder or Hugging Face hub id")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--kv-ratio", type=float, metavar="R", help="KV bytes relative to the base, e.g. 0.6"
+    )
+    size.add_argument(
+        "--error-budget", type=float, metavar="E", help="relative error allowed a layer, e.g. 0.05"
+    )
+    add_text_arguments(parser)
+    parser.add_argument(
+        "--samples", type=int, default=128, metavar="N", help="windows (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        default=2048,
+        metavar="L",
+        help="tokens a window, at most the model's (default %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default %(default)s)")
+    parser.add_argument(
+        "--method",
+        choices=tuple(METHODS),
+        default=DEFAULT,
+        help="how the bases are chosen (default %(default)s)",
+    )
+    parser.add_argument("--head-group", type=int, metavar="G", help="KV heads sharing a latent")
+    parser.add_argument("--key-cache", choices=("folded", "pre-rope", "post-rope"))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--resume", action="store_true", help="take up an interrupted run")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the text comes from; shared by the commands that read text."""
+    parser.add_argument(
+        "--text", nargs="+", type=Path, metavar="FILE", help="UTF-8, <|endoftext|> between texts"
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="Hugging Face data set (wikitext)")
+    parser.add_argument("--dataset-config", metavar="C", help="e.g. wikitext-2-raw-v1")
+    parser.add_argument("--split", metavar="S", help="of the data set (train)")
+
+
+def corpus_of(args: argparse.Namespace, default_split: str = "train") -> Callable[[], Corpus]:
+    """A function that reads the text that the arguments name.
+
+    Raises:
+        UsageError: files and a data set are named together.
+    """
+    from calibration.text import read_dataset, read_files
+
+    if args.text:
+        if args.dataset or args.dataset_config or args.split:
+            raise UsageError("pass either --text or --dataset, not both")
+        return partial(read_files, args.text)
+    name, config = args.dataset or "wikitext", args.dataset_config
+    if name == "wikitext":
+        # The hub knows WikiText by its owner's name only.
+        name, config = "Salesforce/wikitext", config or "wikitext-2-raw-v1"
+    return partial(read_dataset, name, config, args.split or default_split)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate; prints one line about the result."""
+    if args.kv_ratio is None and args.error_budget is None:
+        raise UsageError("pass --kv-ratio R (e.g. 0.6) or --error-budget E (e.g. 0.05)")
+    from calibration.interrupt import terminate_as_interrupt
+    from calibration.options import Options
+    from calibration.pipeline import calibrate
+    from calibration.progress import Reporter
+    from vllm_eigen.provenance import collect
+
+    options = Options(
+        model=args.model,
+        output=args.output,
+        corpus=corpus_of(args),
+        provenance=collect(),
+        kv_ratio=args.kv_ratio,
+        error_budget=args.error_budget,
+        samples=args.samples,
+        length=args.seq_len,
+        seed=args.seed,
+        method=args.method,
+        key_mode=args.key_cache,
+        head_group=args.head_group,
+        device=args.device,
+        overwrite=args.overwrite,
+        resume=args.resume,
+    )
+    with terminate_as_interrupt(), Reporter(quiet=args.quiet) as reporter:
+        eigen = calibrate(options, reporter)
+    if not args.quiet:
+        print(
+            f"{args.output}: KV ratio {eigen.kv_ratio:.4f}, {eigen.elements_per_token} cached "
+            f"elements a token instead of {eigen.uncompressed_elements_per_token}",
+            file=sys.stderr,
+        )
+    return 0

@@ -1,0 +1,93 @@
+"""Quality of an Eigen checkpoint against its base on a text, both in plain transformers.
+
+Offline: the stored weights are unfolded to the base architecture (`unfold`) and run in float32 on
+the same windows as the base, so the difference is the compression and its rounding alone. The
+served model is measured through vLLM by the benchmarks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.metrics import Comparison, Quality
+from calibration.progress import Reporter
+from calibration.source import Source, open_source
+from calibration.state import recall_base
+from calibration.text import Corpus, all_windows
+from calibration.unfold import load_base, load_reference
+from vllm_eigen.checkpoint import EigenConfig, read_config
+from vllm_eigen.errors import InputError
+
+WINDOW = 2048
+"""Tokens a window, as in the paper, unless the model takes fewer."""
+
+
+def find_base(folder: Path, eigen: EigenConfig, named: str | None) -> Source:
+    """The base model: as named, or as the checkpoint's provenance records it.
+
+    Raises:
+        InputError: it is not on this machine and not on the hub, or is another model.
+    """
+    record = eigen.provenance.get("base") or {}
+    name, fingerprint = str(record.get("name", "")), str(record.get("fingerprint", ""))
+    if named is not None:
+        source = open_source(named)
+    elif (known := recall_base(fingerprint)) is not None:
+        source = open_source(str(known))
+    elif "/" in name:
+        source = open_source(name)
+    else:
+        raise InputError(
+            f"{folder}: its base model {name or 'is not recorded'} is not known on this machine; "
+            "pass --base MODEL"
+        )
+    if source.geometry.num_layers != len(eigen.layers) or (
+        source.geometry.head_size != eigen.head_size
+    ):
+        raise InputError(f"{source.folder} is not the base model of {folder}; pass its own --base")
+    return source
+
+
+def evaluate(
+    folder: Path,
+    corpus: Corpus,
+    *,
+    base: str | None,
+    device: torch.device,
+    reporter: Reporter,
+    max_tokens: int | None = None,
+) -> tuple[Quality, EigenConfig]:
+    """Compare the checkpoint in `folder` with its base over the whole corpus.
+
+    Raises:
+        CheckpointError, InputError: the checkpoint, its base or the text cannot be used.
+    """
+    _, eigen = read_config(folder)
+    source = find_base(folder, eigen, base)
+    reporter.stage("loading", 2)
+    compressed = load_reference(folder, device)
+    reporter.step()
+    original = load_base(source, device)
+    reporter.step()
+    tokens = all_windows(
+        corpus,
+        source.tokenizer(),
+        length=min(WINDOW, source.max_positions),
+        vocab_size=source.vocab_size,
+        limit=max_tokens,
+    )
+    reporter.stage("evaluating", len(tokens))
+    comparison = Comparison()
+    for window in torch.split(tokens, 1):
+        comparison.add(_logits(original, window), _logits(compressed, window), window)
+        reporter.step()
+    return comparison.result(), eigen
+
+
+def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(window.to(model.device), use_cache=False).logits
+    return logits

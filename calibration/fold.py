@@ -1,0 +1,130 @@
+"""Fold low-rank maps into the projections of one attention layer (paper, section 3.2).
+
+Weights are in the paper's row-vector sense `q = h W_q`; torch stores their transposes. Everything
+is computed in float64 and rounded once, when written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vllm_eigen.checkpoint import KEY_BASIS
+from vllm_eigen.families import Family, Geometry, KeyMode
+
+Maps = tuple[torch.Tensor, torch.Tensor]
+"""Encoder [num_latent_heads, latent_size, rank], decoder [num_latent_heads, rank, latent_size]."""
+
+
+class Tensors(Protocol):
+    """Named tensors, read one at a time; `get` raises for a missing one."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor called `name`."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is one."""
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Projections of one layer split into heads, float64; biases None where there are none.
+
+    Attributes:
+        q: [num_heads, head_size, hidden_size]
+        k, v: [num_kv_heads, head_size, hidden_size]
+        o: [hidden_size, num_heads, head_size]
+        q_bias: [num_heads, head_size]
+        k_bias, v_bias: [num_kv_heads, head_size]
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+    q_bias: torch.Tensor | None = None
+    k_bias: torch.Tensor | None = None
+    v_bias: torch.Tensor | None = None
+
+
+def read_attention(
+    tensors: Tensors, path: str, family: Family, geometry: Geometry
+) -> AttentionWeights:
+    """Collect the projections of the attention module at `path`."""
+    size = geometry.head_size
+
+    def weight(name: str) -> torch.Tensor:
+        return tensors.get(f"{path}.{name}.weight").to(torch.float64)
+
+    def bias(name: str) -> torch.Tensor | None:
+        full = f"{path}.{name}.bias"
+        if full not in tensors:
+            return None
+        return tensors.get(full).to(torch.float64).reshape(-1, size)
+
+    q, k, v = (weight(name) for name in (family.q_proj, family.k_proj, family.v_proj))
+    o = weight(family.o_proj)
+    return AttentionWeights(
+        q.reshape(-1, size, q.shape[-1]),
+        k.reshape(-1, size, k.shape[-1]),
+        v.reshape(-1, size, v.shape[-1]),
+        o.reshape(o.shape[0], -1, size),
+        bias(family.q_proj),
+        bias(family.k_proj),
+        bias(family.v_proj),
+    )
+
+
+def fold(
+    weights: AttentionWeights, key: Maps, value: Maps, family: Family, key_mode: KeyMode
+) -> dict[str, torch.Tensor]:
+    """The compressed layer's tensors by their names inside the attention module, float64.
+
+    Shapes are those of `vllm_eigen.checkpoint.tensor_shapes`.
+    """
+    key_decoder = per_head(key[1], weights.k.shape[1])
+    value_decoder = per_head(value[1], weights.v.shape[1])
+    tensors = {
+        f"{family.k_proj}.weight": encode(weights.k, key[0]).flatten(0, 1),
+        f"{family.v_proj}.weight": encode(weights.v, value[0]).flatten(0, 1),
+        f"{family.o_proj}.weight": torch.einsum(
+            "xjd,jrd->xjr", weights.o, repeat(value_decoder, weights.o.shape[1])
+        ).flatten(1),
+    }
+    if weights.k_bias is not None:
+        tensors[f"{family.k_proj}.bias"] = encode(weights.k_bias[..., None], key[0]).flatten()
+    if weights.v_bias is not None:
+        tensors[f"{family.v_proj}.bias"] = encode(weights.v_bias[..., None], value[0]).flatten()
+    if key_mode == "folded":
+        # q k_hat^T = q (k' D)^T = (q D^T) k'^T
+        maps = repeat(key_decoder, weights.q.shape[0])
+        tensors[f"{family.q_proj}.weight"] = (maps @ weights.q).flatten(0, 1)
+        if weights.q_bias is not None:
+            bias = (maps @ weights.q_bias[..., None]).flatten()
+            tensors[f"{family.q_proj}.bias"] = bias
+    else:
+        tensors[f"{family.q_proj}.weight"] = weights.q.flatten(0, 1)
+        if weights.q_bias is not None:
+            tensors[f"{family.q_proj}.bias"] = weights.q_bias.flatten()
+        tensors[KEY_BASIS] = key_decoder
+    return tensors
+
+
+def encode(weight: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+    """`W E` for rows of all heads: [num_kv_heads, head_size, n] to [num_latent_heads, rank, n]."""
+    latent = weight.reshape(encoder.shape[0], encoder.shape[1], -1)
+    return encoder.mT @ latent
+
+
+def per_head(decoder: torch.Tensor, head_size: int) -> torch.Tensor:
+    """The part of a latent head's decoder that makes each KV head: [num_kv_heads, rank, d]."""
+    count, rank, size = decoder.shape
+    parts = decoder.reshape(count, rank, size // head_size, head_size)
+    return parts.transpose(1, 2).reshape(-1, rank, head_size).contiguous()
+
+
+def repeat(maps: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """KV heads' maps for their query heads: [num_kv_heads, ...] to [num_heads, ...]."""
+    return maps.repeat_interleave(num_heads // maps.shape[0], dim=0)

@@ -1,0 +1,87 @@
+"""`--method sensitivity`, the default: bases that lose least of the attention output.
+
+An error e in a cached key moves the attention output by about e S e^T, with S the Gauss-Newton
+metric of `calibration.attention_moments`. With C the second moment of the keys, the best rank-r
+map under that metric is oblique and closed-form:
+
+    S^{1/2} C S^{1/2} = W L W^T,    E = S^{1/2} W_r,    D = W_r^T S^{-1/2}
+
+whose loss is the sum of the eigenvalues left out. The paper's basis is S = 1 with queries added
+to C; logit-optimal bases (KQ-SVD) are S = sum q^T q, which knows neither softmax nor positions.
+Values the same way, with C the second moment of the *attended* values and S theirs. Every latent
+head, one KV head wide or several, has its own blocks of C and S.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from calibration.attention_moments import (
+    KeySensitivity,
+    RotatedKeySensitivity,
+    ValueSensitivity,
+    group_context,
+)
+from calibration.methods.base import Basis, Layer, LayerBases, Method, Statistic, tail_loss
+from calibration.moments import KeyMoment, RotatedKeyMoment, diagonal_blocks
+from vllm_eigen.families import KeyMode
+
+FLOOR = 1e-9
+"""Smallest eigenvalue of a metric relative to its largest: what S ignores stays recoverable."""
+
+
+class Sensitivity(Method):
+    """Oblique bases in the metric of the attention output; ranks by measured loss."""
+
+    name = "sensitivity"
+    summary = "oblique bases weighted by what keys and values do to the attention output"
+    max_head_group = 8
+
+    def statistics(self, key_mode: KeyMode, head_group: int = 1) -> tuple[type[Statistic], ...]:
+        """Moments and metrics of keys where they are compressed, and of attended values."""
+        key: tuple[type[Statistic], ...] = (KeyMoment, KeySensitivity)
+        if key_mode == "post-rope":
+            key = (RotatedKeyMoment, RotatedKeySensitivity)
+        return (*key, group_context(head_group), ValueSensitivity)
+
+    def bases(self, layer: Layer) -> LayerBases:
+        """Least loss of the attention output for keys and for values."""
+        size = layer.latent_size
+        key, metric, context, value_metric = (
+            layer.moments.mean(item) for item in self.statistics(layer.key_mode, layer.head_group)
+        )
+        return LayerBases(
+            oblique_basis(diagonal_blocks(key, size), diagonal_blocks(metric, size)),
+            oblique_basis(context, diagonal_blocks(value_metric, size)),
+        )
+
+
+def oblique_basis(moment: torch.Tensor, metric: torch.Tensor) -> Basis:
+    """The nested maps that minimise tr (1 - ED)^T C (1 - ED) S at every rank.
+
+    Columns of the encoder have unit length, so that latents are of the size of what they encode
+    and suit any cache type.
+
+    Args:
+        moment: C, symmetric positive semi-definite, [num_latent_heads, latent_size, latent_size].
+        metric: S, the same; its null space gets a weight of `FLOOR`, and where it is zero, 1.
+    """
+    root, inverse = _roots(metric)
+    energy, vectors = torch.linalg.eigh(_symmetric(root @ moment @ root))
+    energy, vectors = energy.flip(-1).clamp(min=0), vectors.flip(-1)
+    encoder, decoder = root @ vectors, vectors.mT @ inverse
+    length = torch.linalg.vector_norm(encoder, dim=-2, keepdim=True)
+    return Basis(encoder / length, decoder * length.mT, energy, tail_loss(energy))
+
+
+def _roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """S^{1/2} and S^{-1/2}."""
+    weights, vectors = torch.linalg.eigh(_symmetric(metric))
+    largest = weights[..., -1:]
+    weights = torch.where(largest > 0, torch.maximum(weights, largest * FLOOR), 1.0)
+    root = weights.sqrt()[..., None, :]
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def _symmetric(x: torch.Tensor) -> torch.Tensor:
+    return (x + x.mT) / 2

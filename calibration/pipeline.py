@@ -1,0 +1,187 @@
+"""The calibration from text to checkpoint, stage by stage.
+
+    text -> moments -> bases -> ranks -> folded checkpoint
+
+One pass streams the text through the layers (`layers`); then the ranks are chosen, measured on
+held-out windows, and written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from calibration.layers import CurveRule, LayerPass
+from calibration.measure import measure
+from calibration.methods import get_method
+from calibration.methods.base import Method
+from calibration.options import Options
+from calibration.progress import Reporter
+from calibration.ranks import algorithm_1, budget_for_ratio, ranks_at, sweep
+from calibration.source import Source, open_source
+from calibration.state import LayerResult, State, remember_base
+from calibration.stream import SPILL_LIMIT, Skeleton, Stream, pick_device
+from calibration.text import Corpus, Windows, sample_windows
+from calibration.write import eigen_config, write_checkpoint
+from vllm_eigen.checkpoint import EigenConfig, LayerRanks
+from vllm_eigen.errors import UsageError
+from vllm_eigen.families import KeyMode
+
+HELD_OUT = 8
+"""Windows of the text kept from calibration for the numbers in the model card."""
+_UNKNOWN_WARNING = 0.02
+
+
+def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
+    """Make an Eigen checkpoint; returns its configuration.
+
+    Raises:
+        UsageError, InputError, OutputError: in one line what is wrong; nothing is written then.
+    """
+    options.check()
+    method = get_method(options.method)
+    device = pick_device(options.device)
+    source = open_source(options.model)
+    key_mode = _key_mode(options, source)
+    head_group = _head_group(options, method, source)
+    corpus = options.corpus()
+    windows = _windows(options, source, corpus, reporter)
+    skeleton = Skeleton(source, device)
+    state = State(
+        {
+            "base": source.fingerprint,
+            "tokens": hashlib.sha256(windows.chosen.numpy().tobytes()).hexdigest(),
+            "method": method.name,
+            "key_mode": key_mode,
+            "head_group": head_group,
+            "error_budget": options.error_budget,
+            "device": str(device),
+        },
+        resume=options.resume,
+        provenance=options.provenance,
+    )
+    stream = Stream(
+        skeleton,
+        windows.chosen,
+        spill_limit=SPILL_LIMIT if options.spill_limit is None else options.spill_limit,
+        spill_folder=state.folder,
+    )
+    layer_pass = LayerPass(skeleton, method, key_mode, head_group, _curve_rule(options))
+    results = layer_pass.run(stream, state, reporter)
+    del stream
+    bases = [result.bases for result in results]
+    ranks, choice = _choose(options, results)
+    measured: dict[str, Any] = {}
+    if len(windows.held_out):
+        reporter.stage("measuring", skeleton.num_layers)
+        quality = measure(skeleton, windows.held_out, bases, ranks, key_mode, reporter.step)
+        measured = asdict(quality)
+    eigen = eigen_config(
+        source,
+        ranks,
+        key_mode=key_mode,
+        method=method.name,
+        head_group=head_group,
+        provenance={
+            **state.provenance,
+            "base": {"name": source.name, "fingerprint": source.fingerprint},
+            "calibration": {
+                "text": corpus.name,
+                "samples": len(windows.chosen),
+                "seq_len": windows.chosen.shape[1],
+                "seed": options.seed,
+                **choice,
+            },
+            "measured": measured,
+        },
+    )
+    reporter.stage("writing", len(source.weights))
+    write_checkpoint(
+        source, eigen, bases, options.output, overwrite=options.overwrite, step=reporter.step
+    )
+    remember_base(source.fingerprint, source.folder)
+    state.discard()
+    return eigen
+
+
+def _windows(options: Options, source: Source, corpus: Corpus, reporter: Reporter) -> Windows:
+    windows = sample_windows(
+        corpus,
+        source.tokenizer(),
+        samples=options.samples,
+        length=min(options.length, source.max_positions),
+        seed=options.seed,
+        vocab_size=source.vocab_size,
+        held_out=HELD_OUT,
+    )
+    if len(windows.chosen) < options.samples:
+        reporter.note(
+            f"note: the text gives {windows.available} windows, "
+            f"calibrating on {len(windows.chosen)} instead of {options.samples}"
+        )
+    if windows.unknown > _UNKNOWN_WARNING:
+        reporter.note(
+            f"note: {windows.unknown:.0%} of the tokens are unknown to the tokenizer; "
+            "is the text of the model's kind?"
+        )
+    return windows
+
+
+def _curve_rule(options: Options) -> CurveRule:
+    if options.error_budget is not None:
+        return partial(algorithm_1, budget=options.error_budget)
+    return sweep
+
+
+def _choose(
+    options: Options, results: Sequence[LayerResult]
+) -> tuple[list[LayerRanks], dict[str, Any]]:
+    """Ranks, and how they were chosen for the record."""
+    bases = [result.bases for result in results]
+    curves = [result.curve for result in results]
+    if options.kv_ratio is not None:
+        budget, thresholds = budget_for_ratio(bases, curves, options.kv_ratio)
+    else:
+        budget = options.error_budget or 0.0
+        thresholds = [curve.thresholds[-1] for curve in curves]
+    ranks = [ranks_at(item, level) for item, level in zip(bases, thresholds, strict=True)]
+    choice = {
+        "rank_rule": "algorithm-1",
+        "error_budget": budget,
+        "thresholds": [round(level, 6) for level in thresholds],
+        "layer_errors": [
+            round(curve.error_at(level), 6) for curve, level in zip(curves, thresholds, strict=True)
+        ],
+    }
+    return ranks, choice
+
+
+def _key_mode(options: Options, source: Source) -> KeyMode:
+    modes = source.family.key_modes
+    chosen = options.key_mode or modes[0]
+    if chosen not in modes:
+        raise UsageError(
+            f"--key-cache {chosen} does not fit {source.family.architecture}; "
+            f"choose from {', '.join(modes)}"
+        )
+    return chosen
+
+
+def _head_group(options: Options, method: Method, source: Source) -> int:
+    heads = source.geometry.num_kv_heads
+    if options.head_group is None:
+        group = method.head_group
+        while heads % group:
+            group -= 1
+        return group
+    group = options.head_group
+    if group > method.max_head_group:
+        raise UsageError(
+            f"--head-group {group}: method {method.name} goes up to {method.max_head_group}"
+        )
+    if heads % group:
+        raise UsageError(f"--head-group {group} does not divide the model's {heads} KV heads")
+    return group

@@ -1,0 +1,160 @@
+"""Turn an Eigen checkpoint into an ordinary model of the base architecture, equal in output.
+
+Folded heads are zero-padded back to the full head size, pre-rope keys are multiplied by their
+basis; latent heads shared by several KV heads are first reduced to the subspace each uses. The
+result runs in plain transformers and is the independent reference of the compressed model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from calibration.fold import repeat
+from calibration.source import Source, Weights
+from vllm_eigen import checkpoint
+from vllm_eigen.checkpoint import KEY_BASIS, EigenConfig
+from vllm_eigen.errors import CheckpointError
+from vllm_eigen.families import Family, family_of
+
+
+def unfold(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Configuration and float64/stored-type tensors of the equivalent base-architecture model.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of a key mode that the base architecture
+            cannot express.
+    """
+    eigen = checkpoint.validate(folder)
+    config, _ = checkpoint.read_config(folder)
+    family = family_of(config)
+    if eigen.key_mode == "post-rope":
+        raise CheckpointError(
+            f"{folder}: keys cached after the rotary embedding have no ordinary equivalent; "
+            "calibrate with --key-cache pre-rope"
+        )
+    weights = Weights(folder, family)
+    tensors = dict(_attention_tensors(weights, family, eigen))
+    for name in weights:
+        if name not in tensors and not name.endswith(f".{KEY_BASIS}"):
+            tensors[name] = weights.get(name)
+    config = {name: value for name, value in config.items() if name != "eigen"}
+    config["architectures"] = [family.architecture]
+    return config, tensors
+
+
+def load_reference(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """The compressed model as a transformers model of the base architecture, in float32."""
+    config, tensors = unfold(folder)
+    return _build(config, tensors, device)
+
+
+def load_base(source: Source, device: torch.device | str = "cpu") -> Any:
+    """The whole base model in float32."""
+    tensors = {name: source.weights.get(name) for name in source.weights}
+    return _build(dict(source.config), tensors, device)
+
+
+def write_unfolded(folder: Path, output: Path) -> None:
+    """Write the equivalent model as an ordinary Hugging Face folder, in float32."""
+    from safetensors.torch import save_file
+
+    from calibration.write import copy_files
+    from vllm_eigen.files import atomic_directory
+
+    config, tensors = unfold(folder)
+    for name in ("torch_dtype", "dtype"):
+        config.pop(name, None)
+    config["dtype"] = "float32"
+    with atomic_directory(output) as work:
+        copy_files(folder, work)
+        (work / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        ready = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+        save_file(ready, work / "model.safetensors", metadata={"format": "pt"})
+
+
+def _build(config: dict[str, Any], tensors: dict[str, torch.Tensor], device: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {name: value for name, value in config.items() if name != "model_type"}
+    made: Any = AutoConfig.for_model(config["model_type"], **settings)
+    build: Any = AutoModelForCausalLM.from_config
+    model = build(made, dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(
+        {name: tensor.float() for name, tensor in tensors.items()}, strict=False
+    )
+    tied = {"lm_head.weight"} if made.tie_word_embeddings else set()
+    if set(missing) - tied or unexpected:
+        names = sorted((set(missing) - tied) | set(unexpected))
+        raise CheckpointError(f"tensors do not fit {config['architectures'][0]}: {names[0]}")
+    model.tie_weights()
+    return model.to(device).eval()
+
+
+def _attention_tensors(
+    weights: Weights, family: Family, eigen: EigenConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Full-size projections, float64, layer by layer."""
+    size, heads, kv_heads = eigen.head_size, eigen.num_heads, eigen.num_kv_heads
+    for index, ranks in enumerate(eigen.layers):
+        path = family.attention_path(index)
+        q, k, v = (
+            _with_bias(weights, f"{path}.{name}")
+            for name in (family.q_proj, family.k_proj, family.v_proj)
+        )
+        k = _spread(k.reshape(eigen.num_latent_heads, ranks.rank_k, -1), kv_heads)
+        v = _spread(v.reshape(eigen.num_latent_heads, ranks.rank_v, -1), kv_heads)
+        o = weights.get(f"{path}.{family.o_proj}.weight").double()
+        o = o.reshape(-1, heads, ranks.rank_v)
+        if eigen.key_mode == "folded":
+            q, k = _narrow(q.reshape(heads, ranks.rank_k, -1), k, size)
+        else:
+            q = q.reshape(heads, size, -1)
+            k = weights.get(f"{path}.{KEY_BASIS}").double().mT @ k
+        o, v = _narrow(o.permute(1, 2, 0), v, size)
+        yield f"{path}.{family.o_proj}.weight", o.permute(2, 0, 1).flatten(1)
+        for name, tensor in ((family.q_proj, q), (family.k_proj, k), (family.v_proj, v)):
+            yield f"{path}.{name}.weight", tensor[..., :-1].flatten(0, 1)
+            if f"{path}.{name}.bias" in weights:
+                yield f"{path}.{name}.bias", tensor[..., -1].flatten()
+
+
+def _with_bias(weights: Weights, path: str) -> torch.Tensor:
+    """Weight with the bias (or zeros) as its last column, [rows, hidden_size + 1]."""
+    weight = weights.get(f"{path}.weight").double()
+    name = f"{path}.bias"
+    bias = weights.get(name).double() if name in weights else weight.new_zeros(len(weight))
+    return torch.cat([weight, bias[:, None]], dim=1)
+
+
+def _spread(latent: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Every KV head gets its latent head's rows: [num_latent_heads, ..] to [num_kv_heads, ..]."""
+    return latent.repeat_interleave(num_kv_heads // len(latent), dim=0)
+
+
+def _narrow(
+    outer: torch.Tensor, inner: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring the width of a dot product to `size` without changing it.
+
+    Args:
+        outer: one side per query head, [num_heads, rank, n].
+        inner: the other side per KV head, [num_kv_heads, rank, m].
+
+    `outer^T inner` stays the same: padded with zeros if `rank <= size`; else the outer rows of the
+    query heads of one KV head span at most `size` dimensions, and both are rotated into them.
+    """
+    rank = outer.shape[1]
+    if rank > size:
+        groups = outer.reshape(len(inner), -1, rank, outer.shape[-1])
+        stacked = groups.transpose(1, 2).flatten(2)
+        basis = torch.linalg.svd(stacked, full_matrices=False)[0][:, :, :size]
+        inner = basis.mT @ inner
+        outer = repeat(basis, len(outer)).mT @ outer
+    missing = size - outer.shape[1]
+    return pad(outer, (0, 0, 0, missing)), pad(inner, (0, 0, 0, missing))

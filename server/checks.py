@@ -1,0 +1,92 @@
+"""Checks before the engine starts: what is wrong is said in one line, not after a minute."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+from pathlib import Path
+
+from vllm_eigen.checkpoint import CONFIG_FILE, validate
+from vllm_eigen.errors import InputError, UsageError
+
+
+def check_model(model: str) -> None:
+    """Refuse a missing folder or a damaged Eigen checkpoint.
+
+    Raises:
+        InputError, CheckpointError: what is wrong with the folder.
+    """
+    folder = Path(model)
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if not folder.is_dir():
+        if looks_local:
+            raise InputError(f"model folder {model} does not exist")
+        return
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG_FILE} is no JSON object")
+    names = config.get("architectures") or []
+    if "eigen" in config or any(str(name).startswith("Eigen") for name in names):
+        validate(folder)
+
+
+def check_port(host: str | None, port: int) -> None:
+    """Refuse an address that cannot be listened on.
+
+    vLLM shares its port between API processes, so a second server would silently join the first.
+
+    Raises:
+        UsageError: another process listens there, or the address is not this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"cannot listen on {host}:{port}: {error}; see --host, --port") from error
+    family, kind, _, _, address = found[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(
+                f"cannot listen on port {port}: {reason}; choose another with --port"
+            ) from error
+
+
+def check_tls(certificate: str | None, key: str | None) -> None:
+    """Refuse a certificate and key that cannot be loaded, or one without the other.
+
+    Raises:
+        UsageError: which of the two is wrong.
+    """
+    if certificate is None and key is None:
+        return
+    if certificate is None or key is None:
+        raise UsageError("TLS needs both --ssl-certfile and --ssl-keyfile")
+    for name, path in (("--ssl-certfile", certificate), ("--ssl-keyfile", key)):
+        if not Path(path).is_file():
+            raise UsageError(f"{name} {path} does not exist")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--ssl-certfile {certificate} and --ssl-keyfile {key} do not work together: {error}"
+        ) from error
+
+
+def root_path(path: str | None) -> str | None:
+    """The prefix under which a proxy offers the server, without its final slash.
+
+    Raises:
+        UsageError: the prefix does not begin with a slash.
+    """
+    if not path:
+        return path
+    if not path.startswith("/"):
+        raise UsageError(f"--root-path {path} must begin with a slash, e.g. /{path}")
+    return path.rstrip("/")

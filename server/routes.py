@@ -1,0 +1,98 @@
+"""The memory API: `/v1/kv_cache`, its history, and its event stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
+from fastapi.responses import StreamingResponse
+
+from server.monitor import HISTORY_SECONDS, INTERVAL_SECONDS, Monitor
+from server.schemas import History, KVCache, KVCacheError, Unauthorized
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    401: {"model": Unauthorized, "description": "The server asks for an API key"},
+    503: {"model": KVCacheError, "description": "The engine reports no statistics"},
+    "4XX": {"model": KVCacheError, "description": "The request is malformed"},
+}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Server-sent events `sample`; the data of each is a Sample as JSON",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+router = APIRouter(prefix="/v1/kv_cache", tags=["kv cache"], responses=RESPONSES)
+
+
+def monitor_of(request: Request) -> Monitor:
+    """The monitor of this process.
+
+    Raises:
+        HTTPException: 503 with the reason there is none.
+    """
+    monitor = getattr(request.app.state, "eigen_monitor", None)
+    if isinstance(monitor, Monitor):
+        return monitor
+    raise HTTPException(503, detail=str(monitor or "the engine has not reported its KV cache"))
+
+
+ServerMonitor = Annotated[Monitor, Depends(monitor_of)]
+
+
+@router.get("", summary="KV cache as allocated and used")
+async def kv_cache(monitor: ServerMonitor) -> KVCache:
+    """Pool, live use, and bytes a token with and without compression, read from the engine."""
+    return monitor.now()
+
+
+@router.get("/history", summary="Use of the KV cache, a sample a second")
+async def history(
+    monitor: ServerMonitor,
+    seconds: Annotated[
+        int, Query(ge=1, le=HISTORY_SECONDS, description="how far to look back")
+    ] = 300,
+) -> History:
+    """The last samples, oldest first; the server remembers an hour."""
+    return monitor.history(seconds)
+
+
+@router.get(
+    "/stream",
+    summary="Use of the KV cache as server-sent events",
+    response_class=StreamingResponse,
+    responses=EVENTS,
+)
+async def stream(
+    request: Request,
+    monitor: ServerMonitor,
+    interval: Annotated[int, Query(ge=1, le=60, description="seconds between events")] = 1,
+    limit: Annotated[
+        int | None, Query(ge=1, le=1_000_000, description="events until the stream ends")
+    ] = None,
+) -> StreamingResponse:
+    """One event at once, then one every `interval` seconds, until the client leaves."""
+    return StreamingResponse(
+        _events(request, monitor, interval, limit),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _events(
+    request: Request, monitor: Monitor, interval: int, limit: int | None
+) -> AsyncIterator[str]:
+    """Samples as events; ends when the server is about to stop, which waits for open answers."""
+    sample = monitor.latest()
+    sent = 0
+    while True:
+        yield f"event: sample\nid: {round(sample.time)}\ndata: {sample.model_dump_json()}\n\n"
+        sent += 1
+        if sent == limit:
+            return
+        for _ in range(max(1, interval // INTERVAL_SECONDS)):
+            sample = await monitor.next_sample()
+            server = getattr(request.app.state, "server", None)
+            if server is not None and server.should_exit:
+                return

@@ -1,0 +1,86 @@
+"""Tiny random models of every family, saved with a word tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = [f"w{n}" for n in range(60)]
+
+MAKERS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "opt": {
+        "model_type": "opt",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        "init_std": 0.2,
+    },
+}
+
+
+def build_model(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A random transformers model of a kind in `MAKERS`, biases and norms random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {
+        "vocab_size": len(WORDS) + 3,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+        **MAKERS[kind],
+        **changes,
+    }
+    config = AutoConfig.for_model(**settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.2)
+            elif parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def save_model(model: Any, folder: Path, *, bos: bool = True, **options: Any) -> Path:
+    """Save a model with the word tokenizer as a Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    model.save_pretrained(folder, **options)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {word: n + 3 for n, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special: dict[str, str] = {"unk_token": "<unk>", "eos_token": "</s>"}
+    if bos:
+        special["bos_token"] = "<s>"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder."""
+    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return loaded

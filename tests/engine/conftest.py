@@ -1,0 +1,47 @@
+"""Models that the engine tests share, made once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine import harness
+
+FAMILIES = ("llama", "opt")
+Models = Callable[[str, str, float], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        return
+    for item in items:
+        if "tests/engine" in str(item.path):
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from demo import corpus
+
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    corpus.write("calibration", path, max_bytes=100_000)
+    return path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Models:
+    """`models(family, dtype, ratio)`: the base model at ratio 0, else an Eigen checkpoint."""
+
+    @cache
+    def make(family: str, dtype: str, ratio: float) -> Path:
+        folder = tmp_path_factory.mktemp(f"{family}-{dtype}-{ratio}")
+        if ratio == 0:
+            return harness.write_base(family, folder, getattr(torch, dtype))
+        return harness.calibrate(make(family, dtype, 0), folder, text, ratio, "--overwrite")
+
+    return make

@@ -1,0 +1,152 @@
+"""What the engine tests share: models on disk, a bounded engine, logits from vLLM and torch."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
+POOL_BYTES = 64 << 20
+MAX_MODEL_LEN = 2048
+
+
+def write_base(family: str, folder: Path, dtype: torch.dtype) -> Path:
+    """A base model: the shipped Llama, or a random OPT with the same tokenizer."""
+    from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
+    build: Any = AutoModelForCausalLM
+    if family == "llama":
+        model: Any = build.from_pretrained(DEMO, dtype=dtype)
+    else:
+        torch.manual_seed(0)
+        config = OPTConfig(
+            vocab_size=2048,
+            hidden_size=128,
+            ffn_dim=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_MODEL_LEN,
+            word_embed_proj_dim=128,
+            init_std=0.15,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+        model = OPTForCausalLM(config).to(dtype)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder / name)
+    return folder
+
+
+def calibrate(base: Path, folder: Path, text: Path, kv_ratio: float, *options: str) -> Path:
+    """An Eigen checkpoint, made with the real command on little text."""
+    from vllm_eigen import cli
+
+    arguments = ["calibrate", str(base), "--output", str(folder), "--text", str(text)]
+    arguments += ["--kv-ratio", str(kv_ratio), "--samples", "16", "--seq-len", "256", "--quiet"]
+    assert cli.main([*arguments, *options]) == 0
+    return folder
+
+
+@contextlib.contextmanager
+def engine(model: Path, dtype: str = "float32", **options: Any) -> Iterator[Any]:
+    """A vLLM engine that ends with the block; logits are raw and of the whole vocabulary."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "max_model_len": MAX_MODEL_LEN,
+        "kv_cache_memory_bytes": POOL_BYTES,
+        "enforce_eager": True,
+        "logprobs_mode": "raw_logits",
+        "max_logprobs": -1,
+        "seed": 0,
+        "disable_log_stats": False,
+        **options,
+    }
+    llm = LLM(str(model), dtype=dtype, **settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request's result.
+
+    Attributes:
+        tokens: generated tokens.
+        logits: [len(tokens), vocabulary], those the tokens were picked from.
+        cached: prompt tokens that came from the prefix cache.
+    """
+
+    tokens: list[int]
+    logits: torch.Tensor
+    cached: int
+
+
+def ask(llm: Any, prompts: Sequence[Sequence[int]], tokens: int, logits: bool) -> list[Answer]:
+    """Greedy answers to prompts of token ids, batched by the engine as it likes."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    params = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=-1 if logits else None
+    )
+    inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+    answers = []
+    for result in llm.generate(inputs, params, use_tqdm=False):
+        rows = [
+            [row[token].logprob for token in range(len(row))]
+            for row in (result.outputs[0].logprobs or [])
+        ]
+        answers.append(
+            Answer(list(result.outputs[0].token_ids), torch.tensor(rows), result.num_cached_tokens)
+        )
+    return answers
+
+
+def metric(llm: Any, name: str) -> float:
+    """Current value of one of vLLM's counters."""
+    return float(sum(item.value for item in llm.get_metrics() if item.name == name))
+
+
+def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of random token ids, one of each length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(3, 2000, (length,), generator=generator).tolist() for length in lengths
+    ]
+
+
+def expected_logits(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    """What a transformers model gives where the engine picked `tokens`: [tokens, vocabulary]."""
+    ids = torch.tensor([[*prompt, *tokens[:-1]]])
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids).logits[0, len(prompt) - 1 :]
+    return logits
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference relative to the norm of the expected, the worst row."""
+    difference = torch.linalg.vector_norm(found.double() - expected.double(), dim=-1)
+    return float((difference / torch.linalg.vector_norm(expected.double(), dim=-1)).max())
+
+
+def cached_elements(folder: Path) -> int:
+    """Cached elements a token by the checkpoint's config."""
+    from vllm_eigen.checkpoint import parse_config
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return parse_config(config).elements_per_token

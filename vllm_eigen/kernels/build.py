@@ -1,0 +1,172 @@
+"""Compile the C++ kernels for this machine, once, into the user's cache.
+
+Used by `cpu.py` on first use. The library's name carries a hash of everything that shapes it
+(sources, flags, compiler, OpenMP runtime), so an update compiles anew and processes of different
+versions live side by side. No torch headers: the compiler needs seconds and nothing but g++.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vllm_eigen.errors import KernelError
+
+SOURCES = Path(__file__).parent
+ISA_VARIABLE = "VLLM_EIGEN_CPU_ISA"
+CACHE_VARIABLE = "VLLM_EIGEN_CACHE"
+BUILD_SECONDS = 300.0
+LOCK_SECONDS = 120.0
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+# Best first: name -> processor flags needed, as /proc/cpuinfo spells them.
+ISA_LEVELS: dict[str, tuple[str, ...]] = {
+    "avx512bf16": (*_AVX2, *_AVX512, "avx512_bf16"),
+    "avx512": (*_AVX2, *_AVX512),
+    "avx2": _AVX2,
+    "portable": (),
+}
+COMPILE_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno"),
+    *("-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"),
+)
+
+
+def supported_isas() -> list[str]:
+    """The instruction-set levels this processor runs, best first; always ends in "portable"."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    flags = set(found.group(1).split()) if found else set()
+    return [name for name, needed in ISA_LEVELS.items() if flags.issuperset(needed)]
+
+
+def chosen_isa() -> str:
+    """The level named by VLLM_EIGEN_CPU_ISA, else the best one.
+
+    Raises:
+        KernelError: the named level is unknown, or this processor lacks it.
+    """
+    supported = supported_isas()
+    named = os.environ.get(ISA_VARIABLE)
+    if named and named not in supported:
+        raise KernelError(
+            f"{ISA_VARIABLE}={named} does not run here; choose one of {', '.join(supported)}"
+        )
+    return named or supported[0]
+
+
+def library(isa: str, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Path of the compiled kernels for `isa`, building them if this user has none yet.
+
+    `extra_flags` go to the compiler and the linker (sanitizers). Processes that build at once
+    wait for each other at most LOCK_SECONDS, then build for themselves; the finished file appears
+    in one step.
+
+    Raises:
+        KernelError: there is no g++, it fails, or the cache folder cannot be written.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if not compiler:
+        raise KernelError("the CPU kernels need a C++ compiler: install g++ (apt install g++)")
+    runtime = _openmp_runtime()
+    flags = (*COMPILE_FLAGS, *_isa_flags(isa), *extra_flags)
+    path = _cache_folder() / f"kernels-{isa}-{_fingerprint(compiler, flags, runtime)}.so"
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_suffix(".lock")):
+            if not path.exists():
+                _build(path, compiler, flags, extra_flags, runtime)
+    except OSError as error:
+        raise KernelError(
+            f"cannot build the CPU kernels in {path.parent}: {error}; "
+            f"set {CACHE_VARIABLE} to a writable folder"
+        ) from error
+    return path
+
+
+def _build(
+    path: Path,
+    compiler: str,
+    flags: tuple[str, ...],
+    link_flags: tuple[str, ...],
+    runtime: str | None,
+) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder, "kernels.o"), Path(folder, path.name)
+        _run(compiler, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled))
+        # The OpenMP runtime torch has loaded: one pool of threads, bound as vLLM bound them.
+        openmp = runtime or "-fopenmp"
+        _run(compiler, "-shared", *link_flags, str(compiled), openmp, "-o", str(linked))
+        os.replace(linked, path)
+
+
+def _run(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"the C++ compiler {command[0]} did not finish: {error}") from error
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+        raise KernelError(f"{command[0]} cannot compile the CPU kernels: {lines[0].strip()}")
+
+
+def _isa_flags(isa: str) -> tuple[str, ...]:
+    return tuple("-m" + flag.replace("_", "") for flag in ISA_LEVELS[isa])
+
+
+def _fingerprint(compiler: str, flags: tuple[str, ...], runtime: str | None) -> str:
+    digest = hashlib.sha256()
+    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"the C++ compiler {compiler} does not run: {error}") from error
+    digest.update(repr((version, flags, runtime)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _openmp_runtime() -> str | None:
+    """The OpenMP library this process has loaded already (with torch), if any."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    paths = re.findall(r"(/\S*/lib[gi]?omp[^/\s]*\.so\S*)$", maps, re.MULTILINE)
+    gomp = [path for path in paths if "/libgomp" in path]
+    return next(iter(gomp), None)
+
+
+def _cache_folder() -> Path:
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named) if named else Path.home() / ".cache" / "vllm-eigen"
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an advisory lock, or go on without it after LOCK_SECONDS."""
+    import fcntl
+
+    with path.open("w") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield

@@ -1,0 +1,362 @@
+"""Triton kernels for CUDA GPUs: attention that reads the latents once.
+
+Pages are token-major ("diffkv"), as in `reference.py` and vLLM's own kernels. Which kernel serves a
+sequence depends on that sequence alone: short runs of queries go to the decode kernel (splits of a
+fixed number of keys), long ones to the prefill kernel, in one mixed batch. Nothing here waits for
+the device, and every size comes from shapes, so a step can be captured in a CUDA graph.
+
+Keys are rebuilt inside both kernels. Rebuilding once into scratch memory would cost prefill less
+arithmetic, but the scratch has the size of the uncompressed keys of the whole batch, which is what
+the latent cache exists to avoid, and that size is known on the device only.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from vllm_eigen.errors import KernelError
+
+from .interface import FP8_DTYPES, Rebuild, ScoreOptions
+from .triton_attend import attend_tile, merge_splits
+from .triton_interpreter import repair_interpreter
+from .triton_rebuild import PackedRebuild, pack, rank_chunks
+from .triton_write import write_latents
+
+MAX_RANK = 256
+_MAX_SPLITS = 128
+_INTERPRETED = not isinstance(attend_tile, triton.runtime.JITFunction)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of one program: queries times heads, keys a step, and what Triton may spend on it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What to measure on a new GPU; block_m grows where one token has more heads than that.
+
+    decode_split: the fewest keys a split holds. Long contexts take larger splits, by the width of
+        the block table, which an engine never changes.
+    relative_rotation: split positions into tile start and offset where the table allows.
+    """
+
+    decode: Tile = Tile(16, 64, 4, 3)
+    prefill: Tile = Tile(128, 64, 8, 3)
+    decode_split: int = 512
+    relative_rotation: bool = True
+
+
+class GpuKernels:
+    """See `interface.Kernels`.
+
+    Raises KernelError where there is no CUDA device and Triton does not interpret.
+    """
+
+    name = "gpu"
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        if not (_INTERPRETED or torch.cuda.is_available()):
+            raise KernelError(
+                "the gpu kernels need a CUDA device (or TRITON_INTERPRET=1 to check them slowly on"
+                " the CPU); choose VLLM_EIGEN_KERNELS=cpu or reference"
+            )
+        if _INTERPRETED:
+            repair_interpreter()
+        self.tuning = tuning or Tuning()
+        self._packed: weakref.WeakKeyDictionary[Rebuild, dict[tuple[Any, ...], PackedRebuild]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
+        """See `interface.Kernels.write_cache`."""
+        pages = _pages(kv_cache)
+        num_tokens, num_heads = slot_mapping.shape[0], pages.shape[1]
+        rank_k, rank_v = key.shape[2], value.shape[2]
+        _require(key.shape[1] == value.shape[1] == num_heads, "heads of key, value and cache")
+        _require(rank_k + rank_v == pages.shape[3], "ranks of key, value and cache")
+        _require(min(key.shape[0], value.shape[0]) >= num_tokens, "tokens of key, value and slots")
+        _require(key.stride(2) == value.stride(2) == 1, "layout of key and value")
+        if num_tokens == 0:
+            return
+        is_fp8 = pages.dtype in FP8_DTYPES
+        _require(is_fp8 or key.dtype == value.dtype == pages.dtype, "dtype of latents and cache")
+        block_rank = triton.next_power_of_2(max(rank_k, rank_v))
+        block_heads = min(triton.next_power_of_2(num_heads), max(1, 2048 // block_rank))
+        write_latents[(num_tokens, triton.cdiv(num_heads, block_heads))](
+            key,
+            value,
+            pages,
+            slot_mapping,
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            pages.stride(0),
+            pages.stride(1),
+            k_scale,
+            v_scale,
+            num_heads=num_heads,
+            rank_k=rank_k,
+            rank_v=rank_v,
+            page_size=pages.shape[2],
+            block_heads=block_heads,
+            block_rank=block_rank,
+            fp8_limit=torch.finfo(pages.dtype).max if is_fp8 else 0.0,
+        )
+
+    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> None:
+        """Pack `rebuild` for queries of `dtype` now rather than at the first `attend`.
+
+        To be called before a CUDA graph is captured; waits for the device.
+        """
+        self._pack(rebuild, dtype, self.tuning.decode.block_n, self.tuning.relative_rotation)
+        self._pack(rebuild, dtype, self.tuning.prefill.block_n, False)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        options: ScoreOptions,
+        rebuild: Rebuild | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+        *,
+        max_query_len: int | None = None,
+        max_seq_len: int | None = None,
+    ) -> None:
+        """See `interface.Kernels.attend`.
+
+        max_query_len and max_seq_len, upper bounds known on the host (in a captured graph: for all
+        of its replays), spare launches that would find nothing to do. They change no result.
+        """
+        pages = _pages(kv_cache)
+        shape = _check(query, pages, output, block_table, options, rebuild)
+        num_tokens, num_seqs = query.shape[0], seq_lens.shape[0]
+        if num_tokens == 0 or num_seqs == 0:
+            return
+        longest_query = min(num_tokens, max_query_len or num_tokens)
+        width = block_table.shape[1] * pages.shape[2]
+        longest = min(width, max_seq_len or width)
+        split_size = self._split_size(width)
+        decode, prefill = self.tuning.decode, self.tuning.prefill
+        decode_m = max(decode.block_m, triton.next_power_of_2(shape.heads_per_latent))
+        max_decode = decode_m // shape.heads_per_latent
+        seen = longest
+        if options.sliding_window is not None:
+            # Wherever they begin, the keys of a window touch at most one split more.
+            seen = min(longest, options.sliding_window + max_decode + split_size)
+        num_splits = triton.cdiv(seen, split_size)
+
+        prefill_m = max(prefill.block_m, triton.next_power_of_2(shape.heads_per_rebuilt))
+        is_fp8 = pages.dtype in FP8_DTYPES
+        precision = "ieee" if query.dtype == torch.float32 else "tf32"
+        v_head, v_tail = rank_chunks(shape.rank_v)
+        k_head, k_tail = rank_chunks(shape.rank_k)
+
+        def launch(tile: Tile, block_m: int, is_decode: bool, partials: _Partials) -> None:
+            packed = None
+            if rebuild is not None:
+                wish = is_decode and self.tuning.relative_rotation
+                packed = self._pack(rebuild, query.dtype, tile.block_n, wish)
+            # Decode reads a latent once for all its heads; prefill spreads rebuilt heads out.
+            heads = shape.heads_per_latent if is_decode else shape.heads_per_rebuilt
+            blocks = num_seqs if is_decode else num_tokens // (block_m // heads) + num_seqs
+            attend_tile[(blocks * (shape.num_heads // heads), num_splits if is_decode else 1)](
+                query,
+                pages,
+                output,
+                partials.sums,
+                partials.peaks,
+                partials.totals,
+                query_start_loc,
+                seq_lens,
+                block_table,
+                options.alibi_slopes,
+                packed.basis if packed else None,
+                packed.offset if packed else None,
+                packed.near if packed else None,
+                packed.far if packed else None,
+                num_seqs,
+                num_splits,
+                split_size,
+                query.stride(0),
+                query.stride(1),
+                output.stride(0),
+                output.stride(1),
+                pages.stride(0),
+                pages.stride(1),
+                block_table.stride(0),
+                options.scale,
+                options.soft_cap or 1.0,
+                k_scale,
+                v_scale,
+                num_heads=shape.num_heads,
+                heads_per_tile=heads,
+                tiles_per_latent=shape.heads_per_latent // heads,
+                rebuilt_per_tile=heads // shape.heads_per_rebuilt,
+                rank_k=shape.rank_k,
+                rank_v=shape.rank_v,
+                k_head=k_head,
+                k_tail=k_tail,
+                v_head=v_head,
+                v_tail=v_tail,
+                page_size=pages.shape[2],
+                window=options.sliding_window or 0,
+                has_cap=options.soft_cap is not None,
+                is_fp8=is_fp8,
+                rebuild=packed is not None,
+                relative=packed is not None and packed.relative,
+                is_neox=rebuild is not None and rebuild.is_neox_style,
+                rotary_dim=rebuild.rotary_dim if rebuild else 0,
+                head_size=query.shape[2],
+                half=packed.half if packed else 0,
+                rest=packed.rest if packed else 0,
+                is_decode=is_decode,
+                max_decode=max_decode,
+                block_m=block_m,
+                block_n=tile.block_n,
+                precision=precision,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+
+        partials = _Partials.allocate(query, num_splits, v_head + v_tail)
+        launch(decode, decode_m, True, partials)
+        if num_splits > 1:
+            merge_splits[(shape.num_heads, num_seqs)](
+                output,
+                partials.sums,
+                partials.peaks,
+                partials.totals,
+                query_start_loc,
+                seq_lens,
+                num_splits,
+                split_size,
+                output.stride(0),
+                output.stride(1),
+                v_scale if is_fp8 else 1.0,
+                num_heads=shape.num_heads,
+                rank_v=shape.rank_v,
+                v_width=v_head + v_tail,
+                block_v=triton.next_power_of_2(v_head + v_tail),
+                window=options.sliding_window or 0,
+                max_decode=max_decode,
+                block_splits=16,
+            )
+        if longest_query > max_decode:
+            launch(prefill, prefill_m, False, partials)
+
+    def _split_size(self, width: int) -> int:
+        """Keys a split, for sequences of at most `width` keys: a multiple of every tile."""
+        needed = triton.next_power_of_2(triton.cdiv(width, _MAX_SPLITS))
+        return max(self.tuning.decode_split, needed, self.tuning.decode.block_n)
+
+    def _pack(
+        self, rebuild: Rebuild, dtype: torch.dtype, block_n: int, relative: bool
+    ) -> PackedRebuild:
+        variants = self._packed.setdefault(rebuild, {})
+        wanted = (dtype, block_n, relative)
+        if wanted not in variants:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise KernelError(
+                    "a CUDA graph is being captured but the key basis was never packed: call"
+                    " GpuKernels.prepare, or attend once, before the capture"
+                )
+            variants[wanted] = pack(rebuild, dtype, block_n, relative)
+        return variants[wanted]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Head counts and ranks of one call."""
+
+    num_heads: int
+    heads_per_latent: int
+    heads_per_rebuilt: int
+    rank_k: int
+    rank_v: int
+
+
+@dataclass(frozen=True)
+class _Partials:
+    """Float32 scratch of the splits: peaks, totals `[num_tokens, num_heads, num_splits]`, sums."""
+
+    sums: torch.Tensor
+    peaks: torch.Tensor
+    totals: torch.Tensor
+
+    @classmethod
+    def allocate(cls, query: torch.Tensor, num_splits: int, width: int) -> _Partials:
+        """Room for every (token, head, split) of a batch."""
+        rows = (*query.shape[:2], num_splits) if num_splits > 1 else (0,)
+        options: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+        return cls(*(torch.empty(size, **options) for size in ((*rows, width), rows, rows)))
+
+
+def _check(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    output: torch.Tensor,
+    block_table: torch.Tensor,
+    options: ScoreOptions,
+    rebuild: Rebuild | None,
+) -> _Shape:
+    """The head counts and ranks of a call; KernelError where its tensors do not fit together."""
+    num_tokens, num_heads, query_size = query.shape
+    num_kv_heads, rank_v = pages.shape[1], output.shape[2]
+    rank_k = pages.shape[3] - rank_v
+    num_rebuilt = num_kv_heads
+    _require(query.dtype in (torch.float32, torch.float16, torch.bfloat16), "dtype of the query")
+    _require(pages.dtype in FP8_DTYPES or pages.dtype == query.dtype, "dtype of query and cache")
+    _require(0 < rank_k <= MAX_RANK and 0 < rank_v <= MAX_RANK, f"ranks 1..{MAX_RANK}")
+    _require(output.shape[:2] == query.shape[:2], "shape of query and output")
+    if rebuild is None:
+        _require(query_size == rank_k, "width of the query and rank of the keys")
+    else:
+        num_rebuilt, basis_rank, head_size = rebuild.key_basis.shape
+        _require((basis_rank, head_size) == (rank_k, query_size), "key basis, query and cache")
+        _require(num_rebuilt % num_kv_heads == 0, "heads of key basis and cache")
+        _require(
+            rebuild.cos_sin.shape[1] == rebuild.rotary_dim <= head_size, "rotary table and head"
+        )
+    _require(num_heads % num_rebuilt == 0, "heads of query and keys")
+    _require(query.stride(2) == output.stride(2) == block_table.stride(1) == 1, "layout")
+    slopes = options.alibi_slopes
+    if slopes is not None:
+        _require(slopes.shape == (num_heads,) and slopes.device == query.device, "ALiBi slopes")
+    return _Shape(num_heads, num_heads // num_kv_heads, num_heads // num_rebuilt, rank_k, rank_v)
+
+
+def _pages(kv_cache: torch.Tensor) -> torch.Tensor:
+    """The cache with its element type spelled out: uint8 means float8_e4m3fn."""
+    width = kv_cache.shape[3]
+    _require(kv_cache.stride(3) == 1 and kv_cache.stride(2) == width, "layout of the cache")
+    return kv_cache.view(torch.float8_e4m3fn) if kv_cache.dtype == torch.uint8 else kv_cache
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise KernelError(f"gpu kernels: {what} do not fit; see vllm_eigen.kernels.Kernels")

@@ -1,0 +1,90 @@
+"""`Rebuild` as the C++ kernels read it: planes side by side, units of 32 bits, tables by token.
+
+Packing costs a few copies, so a result is kept as long as its `Rebuild` lives, and the table of
+cosines as long as the tensor it came from: layers share one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .interface import Rebuild
+
+TABLE_TOKENS = 16  # kTableTokens in rebuild.h
+
+_tables = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True)
+class PackedRebuild:
+    """Tensors that RebuildArgs (args.h) points into.
+
+    basis: `[num_heads, 2 * planes, units]`, bfloat16 pairs or float32; rows follow `order`.
+    offset: float32 `[num_heads, 2 * planes]`, or None.
+    order: int32 `[2 * planes]`, the head dimension of each row, -1 where a plane is padded.
+    table: float32 `[positions / 16, rotary_planes, 2, 16]`, cosines then sines of 16 positions.
+    """
+
+    basis: torch.Tensor
+    offset: torch.Tensor | None
+    order: torch.Tensor
+    table: torch.Tensor
+    rotary_planes: int
+    positions: int
+
+
+_packed: weakref.WeakKeyDictionary[Rebuild, dict[bool, PackedRebuild]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def pack(rebuild: Rebuild, pairs: bool) -> PackedRebuild:
+    """`rebuild` for a cache read in bfloat16 pairs, or in floats."""
+    by_kind = _packed.setdefault(rebuild, {})
+    if pairs not in by_kind:
+        by_kind[pairs] = _pack(rebuild, pairs)
+    return by_kind[pairs]
+
+
+def _pack(rebuild: Rebuild, pairs: bool) -> PackedRebuild:
+    head_size = rebuild.key_basis.shape[2]
+    order = plane_order(head_size, rebuild.rotary_dim, rebuild.is_neox_style)
+    chosen, present = order.clamp_min(0), (order >= 0)
+    basis = rebuild.key_basis.float().transpose(1, 2)[:, chosen] * present[:, None]
+    if pairs:
+        basis = functional.pad(basis, (0, basis.shape[2] % 2)).bfloat16()
+    offset = rebuild.key_offset
+    if offset is not None:
+        offset = (offset.float()[:, chosen] * present).contiguous()
+    return PackedRebuild(
+        basis=basis.contiguous(),
+        offset=offset,
+        order=order.int().contiguous(),
+        table=_table(rebuild.cos_sin),
+        rotary_planes=rebuild.rotary_dim // 2,
+        positions=rebuild.cos_sin.shape[0],
+    )
+
+
+def plane_order(head_size: int, rotary_dim: int, is_neox_style: bool) -> torch.Tensor:
+    """Head dimensions as x0, y0, x1, y1, ..: rotary planes first, then the rest in pairs."""
+    turning = torch.arange(rotary_dim)
+    if is_neox_style:
+        turning = turning.view(2, -1).t().flatten()
+    order = torch.cat([turning, torch.arange(rotary_dim, head_size)])
+    return functional.pad(order, (0, head_size % 2), value=-1)
+
+
+def _table(cos_sin: torch.Tensor) -> torch.Tensor:
+    if cos_sin not in _tables:
+        positions, rotary_dim = cos_sin.shape
+        table = functional.pad(cos_sin.float(), (0, 0, 0, -positions % TABLE_TOKENS))
+        table = table.view(table.shape[0] // TABLE_TOKENS, TABLE_TOKENS, 2, rotary_dim // 2)
+        _tables[cos_sin] = table.permute(0, 3, 2, 1).contiguous()
+    found: torch.Tensor = _tables[cos_sin]
+    return found
