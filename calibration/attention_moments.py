@@ -15,6 +15,7 @@ layer-wise relative of Fisher-weighted SVD, Hsu et al. 2022, arXiv 2207.00112).
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -27,6 +28,7 @@ class RotatedKeySensitivity(Statistic):
     """sum g^T g of all KV heads' keys after the rotary embedding."""
 
     name = "rotated_key_sensitivity"
+    needs_probabilities = True
     back = False
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
@@ -52,6 +54,7 @@ class ValueSensitivity(Statistic):
     """sum g^T g of all KV heads' values."""
 
     name = "value_sensitivity"
+    needs_probabilities = True
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
         """[num_kv_heads * head_size, same]."""
@@ -76,6 +79,7 @@ class GroupContext(Statistic):
     """
 
     name = "group_context"
+    needs_probabilities = True
     head_group = 1
 
     def shape(self, geometry: Geometry) -> tuple[int, ...]:
@@ -86,7 +90,7 @@ class GroupContext(Statistic):
     def update(self, total: torch.Tensor, batch: Batch) -> None:
         """Add a batch."""
         weights = batch.attention()
-        batches, length, num_kv_heads, size = batch.value.shape
+        batches, length, _, size = batch.value.shape
         values = batch.value.reshape(batches, length, -1, self.head_group * size)
         shared = weights.shape[1] // values.shape[2]
         for index in range(values.shape[2]):
@@ -131,9 +135,10 @@ def key_gradient(batch: Batch) -> torch.Tensor:
         score = aim @ batch.value[:, :, head // shared].mT
         score -= (aim * batch.context[:, :, head]).sum(-1, keepdim=True)
         gradient[:, :, head] = (score * weights[:, head]).mT @ query[:, :, head]
-    return _share(gradient, batch.value.shape[2]) * query.shape[-1] ** -0.5
+    return _share(gradient, batch.value.shape[2]) / math.sqrt(query.shape[-1])
 
 
 def _share(gradient: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Sum over the query heads of each KV head, dimension 2."""
-    return gradient.unflatten(2, (num_kv_heads, -1)).sum(3)
+    batches, length, _, size = gradient.shape
+    return gradient.reshape(batches, length, num_kv_heads, -1, size).sum(3)

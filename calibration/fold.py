@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from vllm_eigen.checkpoint import KEY_BASIS
+from vllm_eigen.checkpoint import KEY_BASIS, KEY_ENCODER, VALUE_BASIS, VALUE_ENCODER
 from vllm_eigen.families import Family, Geometry, KeyMode
 
 Maps = tuple[torch.Tensor, torch.Tensor]
@@ -64,7 +64,10 @@ def read_attention(
             return None
         return tensors.get(full).to(torch.float64).reshape(-1, size)
 
-    q, k, v = (weight(name) for name in (family.q_proj, family.k_proj, family.v_proj))
+    if family.qkv_proj:
+        q, k, v = weight(family.qkv_proj).chunk(3)
+    else:
+        q, k, v = (weight(name) for name in (family.q_proj, family.k_proj, family.v_proj))
     o = weight(family.o_proj)
     return AttentionWeights(
         q.reshape(-1, size, q.shape[-1]),
@@ -112,6 +115,16 @@ def fold(
     return tensors
 
 
+def keep_apart(key: Maps, value: Maps, head_size: int) -> dict[str, torch.Tensor]:
+    """The tensors that stand beside untouched projections, by name, float64."""
+    return {
+        KEY_ENCODER: key[0],
+        KEY_BASIS: per_head(key[1], head_size),
+        VALUE_ENCODER: value[0],
+        VALUE_BASIS: per_head(value[1], head_size),
+    }
+
+
 def encode(weight: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
     """`W E` for rows of all heads: [num_kv_heads, head_size, n] to [num_latent_heads, rank, n]."""
     latent = weight.reshape(encoder.shape[0], encoder.shape[1], -1)
@@ -123,6 +136,13 @@ def per_head(decoder: torch.Tensor, head_size: int) -> torch.Tensor:
     count, rank, size = decoder.shape
     parts = decoder.reshape(count, rank, size // head_size, head_size)
     return parts.transpose(1, 2).reshape(-1, rank, head_size).contiguous()
+
+
+def per_latent(basis: torch.Tensor, num_latent_heads: int) -> torch.Tensor:
+    """Inverse of `per_head`: [num_kv_heads, rank, d] to [num_latent_heads, rank, latent_size]."""
+    rank, size = basis.shape[1:]
+    parts = basis.reshape(num_latent_heads, -1, rank, size).transpose(1, 2)
+    return parts.reshape(num_latent_heads, rank, -1)
 
 
 def repeat(maps: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -79,7 +79,9 @@ class LayerPass:
         count = max(2, PROBE_TOKENS // stream.hidden.shape[1])
         inputs = stream.hidden[:count].clone()
         accumulator = Accumulator(
-            self._method.statistics(self._key_mode, self._head_group), self._geometry, self._skeleton.device
+            self._method.statistics(self._key_mode, self._head_group),
+            self._geometry,
+            self._skeleton.device,
         )
         with capture(layer, self._family, self._geometry, accumulator.add):
             for _ in stream.advance(index, layer):

@@ -23,7 +23,7 @@ class Options:
         model: folder or hub id.
         output: folder to make.
         corpus: reads the text; called once the model is known to be usable.
-        kv_ratio, error_budget: exactly one is given.
+        kv_ratio, error_budget, ranks: exactly one is given; `ranks` is a JSON file.
         samples: windows to calibrate on.
         length: tokens a window; cut to the most the model takes.
         method, key_mode, head_group: the method's name and, if not None, other than its own
@@ -39,6 +39,7 @@ class Options:
     provenance: dict[str, Any]
     kv_ratio: float | None = None
     error_budget: float | None = None
+    ranks: Path | None = None
     samples: int = 128
     length: int = 2048
     seed: int = 0
@@ -57,8 +58,10 @@ class Options:
             UsageError: an argument is out of range or contradicts another.
             OutputError: the output exists.
         """
-        if (self.kv_ratio is None) == (self.error_budget is None):
-            raise UsageError("pass one of --kv-ratio and --error-budget, not both")
+        if sum(item is not None for item in (self.kv_ratio, self.error_budget, self.ranks)) != 1:
+            raise UsageError(
+                "pass one of --kv-ratio R (e.g. 0.6), --error-budget E (e.g. 0.05), --ranks FILE"
+            )
         if self.kv_ratio is not None and not 0 < self.kv_ratio <= 1:
             raise UsageError(
                 f"--kv-ratio {self.kv_ratio:g} is out of range; it lies above 0 and at most 1"

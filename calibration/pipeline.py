@@ -9,24 +9,22 @@ held-out windows, and written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-from calibration.layers import CurveRule, LayerPass
+from calibration.choose import choose_ranks, curve_rule
+from calibration.layers import LayerPass
 from calibration.measure import measure
 from calibration.methods import get_method
 from calibration.methods.base import Method
 from calibration.options import Options
 from calibration.progress import Reporter
-from calibration.ranks import algorithm_1, budget_for_ratio, ranks_at, sweep
 from calibration.source import Source, open_source
-from calibration.state import LayerResult, State, remember_base
+from calibration.state import State, remember_base
 from calibration.stream import SPILL_LIMIT, Skeleton, Stream, pick_device
 from calibration.text import Corpus, Windows, sample_windows
 from calibration.write import eigen_config, write_checkpoint
-from vllm_eigen.checkpoint import EigenConfig, LayerRanks
+from vllm_eigen.checkpoint import EigenConfig
 from vllm_eigen.errors import UsageError
 from vllm_eigen.families import KeyMode
 
@@ -49,7 +47,8 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
     head_group = _head_group(options, method, source)
     corpus = options.corpus()
     windows = _windows(options, source, corpus, reporter)
-    skeleton = Skeleton(source, device)
+    statistics = method.statistics(key_mode, head_group)
+    skeleton = Skeleton(source, device, eager=any(item.needs_probabilities for item in statistics))
     state = State(
         {
             "base": source.fingerprint,
@@ -58,6 +57,7 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
             "key_mode": key_mode,
             "head_group": head_group,
             "error_budget": options.error_budget,
+            "full": options.kv_ratio == 1,
             "device": str(device),
         },
         resume=options.resume,
@@ -69,11 +69,22 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
         spill_limit=SPILL_LIMIT if options.spill_limit is None else options.spill_limit,
         spill_folder=state.folder,
     )
-    layer_pass = LayerPass(skeleton, method, key_mode, head_group, _curve_rule(options))
+    layer_pass = LayerPass(
+        skeleton, method, key_mode, head_group, curve_rule(options, method.rank_rule)
+    )
     results = layer_pass.run(stream, state, reporter)
     del stream
     bases = [result.bases for result in results]
-    ranks, choice = _choose(options, results)
+    ranks, choice = choose_ranks(
+        options,
+        method.rank_rule,
+        results,
+        skeleton,
+        windows.chosen,
+        key_mode,
+        state,
+        reporter,
+    )
     measured: dict[str, Any] = {}
     if len(windows.held_out):
         reporter.stage("measuring", skeleton.num_layers)
@@ -128,35 +139,6 @@ def _windows(options: Options, source: Source, corpus: Corpus, reporter: Reporte
             "is the text of the model's kind?"
         )
     return windows
-
-
-def _curve_rule(options: Options) -> CurveRule:
-    if options.error_budget is not None:
-        return partial(algorithm_1, budget=options.error_budget)
-    return sweep
-
-
-def _choose(
-    options: Options, results: Sequence[LayerResult]
-) -> tuple[list[LayerRanks], dict[str, Any]]:
-    """Ranks, and how they were chosen for the record."""
-    bases = [result.bases for result in results]
-    curves = [result.curve for result in results]
-    if options.kv_ratio is not None:
-        budget, thresholds = budget_for_ratio(bases, curves, options.kv_ratio)
-    else:
-        budget = options.error_budget or 0.0
-        thresholds = [curve.thresholds[-1] for curve in curves]
-    ranks = [ranks_at(item, level) for item, level in zip(bases, thresholds, strict=True)]
-    choice = {
-        "rank_rule": "algorithm-1",
-        "error_budget": budget,
-        "thresholds": [round(level, 6) for level in thresholds],
-        "layer_errors": [
-            round(curve.error_at(level), 6) for curve, level in zip(curves, thresholds, strict=True)
-        ],
-    }
-    return ranks, choice
 
 
 def _key_mode(options: Options, source: Source) -> KeyMode:

@@ -53,13 +53,8 @@ class State:
         self.folder = cache_folder() / "calibration" / digest
         if not resume:
             shutil.rmtree(self.folder, ignore_errors=True)
-        record = self.folder / "provenance.json"
-        try:
-            self.provenance: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.provenance = provenance
-            with atomic_file(record) as path:
-                path.write_text(json.dumps(provenance), encoding="utf-8")
+        self.provenance: dict[str, Any] = self.recall("provenance") or provenance
+        self.remember("provenance", self.provenance)
 
     def load(self, layer: int) -> LayerResult | None:
         """A finished layer, or None."""
@@ -95,6 +90,22 @@ class State:
         curve = {"thresholds": result.curve.thresholds, "errors": result.curve.errors}
         with atomic_file(self._path(layer)) as path:
             save_file(tensors, path, metadata={"curve": json.dumps(curve)})
+
+    def recall(self, name: str) -> Any:
+        """A JSON value kept by an interrupted run, or None."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a JSON value.
+
+        Raises:
+            OutputError: the cache folder cannot be written.
+        """
+        with atomic_file(self.folder / f"{name}.json") as path:
+            path.write_text(json.dumps(value), encoding="utf-8")
 
     def discard(self) -> None:
         """The result is written: the state has done its duty."""

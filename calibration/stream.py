@@ -32,17 +32,18 @@ class Skeleton:
     Args:
         source: the base model.
         device: where layers run.
+        eager: use the attention that gives its probabilities.
 
     Raises:
         InputError: weights are missing, damaged, not finite, or of another shape.
     """
 
-    def __init__(self, source: Source, device: torch.device) -> None:
+    def __init__(self, source: Source, device: torch.device, *, eager: bool = True) -> None:
         self.source = source
         self.device = device
         self.config = _auto_config(source)
         with torch.device("meta"):
-            self._model = _auto_model(self.config)
+            self._model = _auto_model(self.config, eager)
         self._model.eval()
         family = source.family
         self._decoder = self._model.get_submodule(family.decoder)
@@ -239,12 +240,13 @@ def _auto_config(source: Source) -> Any:
         raise InputError(f"{source.folder}/config.json is not usable: {reason}") from error
 
 
-def _auto_model(config: Any) -> Any:
+def _auto_model(config: Any, eager: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config
     # Eager attention is the one that hands out its probabilities.
-    return build(config, dtype=torch.float32, attn_implementation="eager")
+    options = {"attn_implementation": "eager"} if eager else {}
+    return build(config, dtype=torch.float32, **options)
 
 
 def _load(module: nn.Module, path: str, source: Source, device: torch.device) -> None:

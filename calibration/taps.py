@@ -7,7 +7,7 @@ keys and values by their low-rank reconstructions, which is mathematically the c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from calibration.methods.base import Batch
 from calibration.moments import rotate
 from vllm_eigen.families import Family, Geometry, KeyMode
 
+Act = Callable[[torch.Tensor], torch.Tensor | None]
+
 
 @contextlib.contextmanager
 def capture(
@@ -26,7 +28,7 @@ def capture(
     """While open, every forward of `layer` hands `sink` the batch its attention saw."""
     attention = layer.get_submodule(family.attention)
     seen: dict[str, Any] = {}
-    o_proj = attention.get_submodule(family.o_proj).weight.detach()
+    o_proj: Any = attention.get_submodule(family.o_proj).weight.detach()
     o_proj = o_proj.reshape(o_proj.shape[0], -1, geometry.head_size)
 
     def tables(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -44,7 +46,7 @@ def capture(
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.detach().reshape(*x.shape[:2], -1, geometry.head_size)
 
-    def keep(name: str) -> Callable[[torch.Tensor], None]:
+    def keep(name: str) -> Act:
         def store(x: torch.Tensor) -> None:
             seen[name] = heads(x)
 
@@ -52,8 +54,8 @@ def capture(
 
     with contextlib.ExitStack() as stack:
         stack.callback(attention.register_forward_pre_hook(tables, with_kwargs=True).remove)
-        for name in ("query", "key", "value"):
-            stack.callback(_on(attention, family, name, keep(name)))
+        acts = {name: keep(name) for name in ("query", "key", "value")}
+        stack.enter_context(_tapped(attention, family, acts))
         stack.callback(
             attention.get_submodule(family.o_proj).register_forward_pre_hook(context).remove
         )
@@ -77,7 +79,7 @@ def compress(
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tables["cos"], tables["sin"] = kwargs.get("position_embeddings") or (None, None)
 
-    def through(maps: Maps, rotated: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    def through(maps: Maps, rotated: bool) -> Act:
         def replace(x: torch.Tensor) -> torch.Tensor:
             rows = x.reshape(*x.shape[:2], -1, geometry.head_size)
             if rotated:
@@ -91,11 +93,12 @@ def compress(
 
     with contextlib.ExitStack() as stack:
         stack.callback(attention.register_forward_pre_hook(see, with_kwargs=True).remove)
+        acts: dict[str, Act] = {}
         if key is not None:
-            replace = through(key, key_mode == "post-rope")
-            stack.callback(_on(attention, family, "key", replace))
+            acts["key"] = through(key, key_mode == "post-rope")
         if value is not None:
-            stack.callback(_on(attention, family, "value", through(value, False)))
+            acts["value"] = through(value, False)
+        stack.enter_context(_tapped(attention, family, acts))
         yield
 
 
@@ -107,16 +110,38 @@ def project(rows: torch.Tensor, maps: Maps) -> torch.Tensor:
     return result.reshape(rows.shape)
 
 
-def _on(
-    attention: nn.Module,
-    family: Family,
-    name: str,
-    act: Callable[[torch.Tensor], torch.Tensor | None],
-) -> Callable[[], None]:
-    """Call `act` on the query, key or value; what it returns, if anything, takes its place."""
-    path = {"query": family.q_proj, "key": family.k_proj, "value": family.v_proj}[name]
+@contextlib.contextmanager
+def _tapped(attention: nn.Module, family: Family, acts: Mapping[str, Act]) -> Iterator[None]:
+    """While open, call acts on query, key and value; what one returns takes their place."""
+    paths = {
+        "query": family.q_norm or family.q_proj,
+        "key": family.k_norm or family.k_proj,
+        "value": family.v_proj,
+    }
+    clip = getattr(attention, "clip_qkv", None)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        return act(output)
+    def on_one(act: Act) -> Callable[..., torch.Tensor | None]:
+        return lambda module, args, output: act(output)
 
-    return attention.get_submodule(path).register_forward_hook(hook).remove
+    def on_fused(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        if clip:
+            output = output.clamp(-clip, clip)
+        parts = dict(zip(paths, output.chunk(3, dim=-1), strict=True))
+        for name, act in acts.items():
+            changed = act(parts[name])
+            parts[name] = parts[name] if changed is None else changed
+        return torch.cat(list(parts.values()), dim=-1)
+
+    with contextlib.ExitStack() as stack:
+        if family.qkv_proj:
+            fused = attention.get_submodule(family.qkv_proj)
+            stack.callback(fused.register_forward_hook(on_fused).remove)
+            if clip:
+                # Clipped above: what the acts return must not be clipped again.
+                stack.callback(setattr, attention, "clip_qkv", clip)
+                attention.clip_qkv = None
+        else:
+            for name, act in acts.items():
+                module = attention.get_submodule(paths[name])
+                stack.callback(module.register_forward_hook(on_one(act)).remove)
+        yield

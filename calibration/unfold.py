@@ -7,6 +7,7 @@ result runs in plain transformers and is the independent reference of the compre
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,21 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from calibration.fold import repeat
+from calibration.fold import Maps, per_latent, repeat
 from calibration.source import Source, Weights
+from calibration.taps import compress
 from vllm_eigen import checkpoint
-from vllm_eigen.checkpoint import KEY_BASIS, EigenConfig
+from vllm_eigen.checkpoint import (
+    KEY_BASIS,
+    KEY_ENCODER,
+    VALUE_BASIS,
+    VALUE_ENCODER,
+    EigenConfig,
+)
 from vllm_eigen.errors import CheckpointError
 from vllm_eigen.families import Family, family_of
+
+_BASES = (KEY_ENCODER, VALUE_ENCODER, VALUE_BASIS)
 
 
 def unfold(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -33,25 +43,56 @@ def unfold(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     eigen = checkpoint.validate(folder)
     config, _ = checkpoint.read_config(folder)
     family = family_of(config)
-    if eigen.key_mode == "post-rope":
+    if eigen.projections == "untouched":
         raise CheckpointError(
-            f"{folder}: keys cached after the rotary embedding have no ordinary equivalent; "
-            "calibrate with --key-cache pre-rope"
+            f"{folder}: keys that pass a norm, a clip or the rotary embedding before they are "
+            "compressed have no ordinary equivalent; use `load_reference`"
         )
     weights = Weights(folder, family)
     tensors = dict(_attention_tensors(weights, family, eigen))
+    parts = (family.q_proj, family.k_proj, family.v_proj) if family.qkv_proj else ()
+    dropped = (KEY_BASIS, *(f"{part}.weight" for part in parts))
     for name in weights:
-        if name not in tensors and not name.endswith(f".{KEY_BASIS}"):
+        if name not in tensors and not name.endswith(tuple(f".{item}" for item in dropped)):
             tensors[name] = weights.get(name)
-    config = {name: value for name, value in config.items() if name != "eigen"}
-    config["architectures"] = [family.architecture]
-    return config, tensors
+    return _base_config(config, family), tensors
 
 
 def load_reference(folder: Path, device: torch.device | str = "cpu") -> Any:
-    """The compressed model as a transformers model of the base architecture, in float32."""
-    config, tensors = unfold(folder)
-    return _build(config, tensors, device)
+    """The compressed model as a transformers model of the base architecture, in float32.
+
+    Where the projections are untouched, hooks apply the stored bases.
+    """
+    eigen = checkpoint.validate(folder)
+    if eigen.projections == "folded":
+        return _build(*unfold(folder), device)
+    config, _ = checkpoint.read_config(folder)
+    family = family_of(config)
+    weights = Weights(folder, family)
+    tensors = {
+        name: weights.get(name) for name in weights if not name.endswith((*_BASES, KEY_BASIS))
+    }
+    model = _build(_base_config(config, family), tensors, device)
+    hooks = contextlib.ExitStack()
+    for index in range(len(eigen.layers)):
+        path = family.attention_path(index)
+
+        def maps(encoder: str, basis: str, path: str = path) -> Maps:
+            decoder = per_latent(weights.get(f"{path}.{basis}"), eigen.num_latent_heads)
+            return weights.get(f"{path}.{encoder}").float(), decoder.float()
+
+        hooks.enter_context(
+            compress(
+                model.get_submodule(f"{family.decoder}.{family.layers}.{index}"),
+                family,
+                family.geometry(config),
+                eigen.key_mode,
+                maps(KEY_ENCODER, KEY_BASIS),
+                maps(VALUE_ENCODER, VALUE_BASIS),
+            )
+        )
+    model.eigen_hooks = hooks  # They live as long as the model.
+    return model
 
 
 def load_base(source: Source, device: torch.device | str = "cpu") -> Any:
@@ -76,6 +117,11 @@ def write_unfolded(folder: Path, output: Path) -> None:
         (work / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         ready = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
         save_file(ready, work / "model.safetensors", metadata={"format": "pt"})
+
+
+def _base_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name != "eigen"}
+    return {**kept, "architectures": [family.architecture]}
 
 
 def _build(config: dict[str, Any], tensors: dict[str, torch.Tensor], device: Any) -> Any:
@@ -118,6 +164,10 @@ def _attention_tensors(
             k = weights.get(f"{path}.{KEY_BASIS}").double().mT @ k
         o, v = _narrow(o.permute(1, 2, 0), v, size)
         yield f"{path}.{family.o_proj}.weight", o.permute(2, 0, 1).flatten(1)
+        if family.qkv_proj:
+            fused = torch.cat([item[..., :-1].flatten(0, 1) for item in (q, k, v)])
+            yield f"{path}.{family.qkv_proj}.weight", fused
+            continue
         for name, tensor in ((family.q_proj, q), (family.k_proj, k), (family.v_proj, v)):
             yield f"{path}.{name}.weight", tensor[..., :-1].flatten(0, 1)
             if f"{path}.{name}.bias" in weights:

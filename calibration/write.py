@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from calibration.card import model_card
-from calibration.fold import fold, read_attention
+from calibration.fold import fold, keep_apart, read_attention
 from calibration.methods.base import LayerBases
 from calibration.source import Source
 from vllm_eigen import checkpoint
@@ -41,9 +41,11 @@ def eigen_config(
     provenance: dict[str, Any],
 ) -> EigenConfig:
     """The `eigen` section for a base model and its ranks."""
+    untouched = key_mode == "post-rope" or source.family.untouched(source.config)
     return EigenConfig(
         format_version=FORMAT_VERSION,
         key_mode=key_mode,
+        projections="untouched" if untouched else "folded",
         method=method,
         num_heads=source.geometry.num_heads,
         num_kv_heads=source.geometry.num_kv_heads,
@@ -103,9 +105,15 @@ def _tensors(
     for index, ranks in enumerate(eigen.layers):
         path = family.attention_path(index)
         dtype = weights.get(f"{path}.{family.o_proj}.weight").dtype
-        attention = read_attention(weights, path, family, source.geometry)
         maps = bases[index].key.at(ranks.rank_k), bases[index].value.at(ranks.rank_v)
-        for name, tensor in fold(attention, *maps, family, eigen.key_mode).items():
+        if eigen.projections == "untouched":
+            changed = keep_apart(*maps, eigen.head_size)
+        else:
+            attention = read_attention(weights, path, family, source.geometry)
+            changed = fold(attention, *maps, family, eigen.key_mode)
+            if family.qkv_proj:
+                replaced.add(f"{path}.{family.qkv_proj}.weight")
+        for name, tensor in changed.items():
             replaced.add(f"{path}.{name}")
             yield f"{path}.{name}", tensor.to(dtype)
     for name in weights:

@@ -56,6 +56,14 @@ class EigenAttention(Attention):
         )
         self.query_size = query_size
         self.full_elements = full_elements
+        self._scales = ranks.k_scale, ranks.v_scale
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Set the scales of an fp8 cache, which vLLM would reset to 1."""
+        super().process_weights_after_loading(act_dtype)
+        self._k_scale_float, self._v_scale_float = self._scales
+        self._k_scale.fill_(self._k_scale_float)
+        self._v_scale.fill_(self._v_scale_float)
 
     def forward(  # type: ignore[override]
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -112,7 +112,7 @@ class EigenAttentionImpl(AttentionImpl[EigenMetadata]):
         self.kernels.write_cache(
             key[:num_tokens],
             value[:num_tokens],
-            kv_cache,
+            self._typed(kv_cache),
             slot_mapping,
             layer._k_scale_float,
             layer._v_scale_float,
@@ -139,7 +139,7 @@ class EigenAttentionImpl(AttentionImpl[EigenMetadata]):
         num_tokens = attn_metadata.num_actual_tokens
         self.kernels.attend(
             query[:num_tokens],
-            kv_cache,
+            self._typed(kv_cache),
             output[:num_tokens],
             attn_metadata.query_start_loc,
             attn_metadata.seq_lens,
@@ -150,6 +150,14 @@ class EigenAttentionImpl(AttentionImpl[EigenMetadata]):
             layer._v_scale_float,
         )
         return output
+
+
+    def _typed(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """vLLM hands fp8 caches over as bytes; give them their element type."""
+        if kv_cache.dtype != torch.uint8:
+            return kv_cache
+        e5m2 = self.kv_cache_dtype == "fp8_e5m2"
+        return kv_cache.view(torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn)
 
 
 class EigenAttentionBackend(AttentionBackend):

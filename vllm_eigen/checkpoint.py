@@ -20,6 +20,10 @@ norm, a clip, the rotary embedding in post-rope mode), or the base weights are t
     value_encoder  [num_latent_heads, head_group * head_size, rank_v]   v' = v value_encoder
     value_basis    [num_kv_heads, rank_v, head_size]                    o = o' value_basis
 
+A bases-only checkpoint holds nothing else: `eigen.json` (the `eigen` section and the base model it
+belongs to) and `bases.safetensors` with those four tensors a layer, named as above. It is applied
+over the base model as it is, quantized or adapted.
+
 This module imports neither torch nor vLLM.
 """
 
@@ -37,6 +41,8 @@ from vllm_eigen.families import Family, Geometry, KeyMode, family_of
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
+BASES_CONFIG_FILE = "eigen.json"
+BASES_FILE = "bases.safetensors"
 KEY_ENCODER = "key_encoder"
 KEY_BASIS = "key_basis"
 VALUE_ENCODER = "value_encoder"
@@ -53,6 +59,8 @@ class LayerRanks(BaseModel):
 
     rank_k: int = Field(ge=1, description="columns of the key basis")
     rank_v: int = Field(ge=1, description="columns of the value basis")
+    k_scale: float = Field(default=1.0, gt=0, description="an fp8 cache stores k' / k_scale")
+    v_scale: float = Field(default=1.0, gt=0, description="an fp8 cache stores v' / v_scale")
 
 
 class EigenConfig(BaseModel):
@@ -71,6 +79,9 @@ class EigenConfig(BaseModel):
     head_size: int = Field(ge=1, description="head size of the base model; the softmax scale's")
     head_group: int = Field(default=1, ge=1, description="KV heads that share one latent head")
     layers: tuple[LayerRanks, ...] = Field(min_length=1, description="ranks, first layer first")
+    bases: str | None = Field(
+        default=None, description="bases.safetensors to load beside the weights; set when serving"
+    )
     provenance: dict[str, Any] = Field(description="how, when and from what it was made")
 
     @model_validator(mode="after")
@@ -156,6 +167,51 @@ def read_config(folder: Path) -> tuple[dict[str, Any], EigenConfig]:
     return config, parse_config(config, str(path))
 
 
+class BasesConfig(BaseModel):
+    """`eigen.json` of a bases-only checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str = Field(description="architecture of the base model")
+    base: str = Field(description="base model the bases were calibrated on, hub id or folder name")
+    eigen: dict[str, Any] = Field(description="the eigen section, see EigenConfig")
+
+
+def serving_overrides(folder: Path, base_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What to override in a base model's `config.json` so that it is served with these bases.
+
+    Args:
+        folder: a bases-only checkpoint.
+        base_config: the base model's `config.json`.
+
+    Raises:
+        CheckpointError: the bases are damaged or belong to a model of another shape.
+    """
+    path = Path(folder) / BASES_CONFIG_FILE
+    try:
+        found = BasesConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; make bases with `vllm-eigen calibrate "
+            "--bases-only`"
+        ) from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {_first_problem(error)}") from error
+    family = family_of(base_config)
+    if found.architecture != family.architecture:
+        raise CheckpointError(
+            f"{path}: the bases are for {found.architecture} ({found.base}), the model is "
+            f"{family.architecture}"
+        )
+    section = {**found.eigen, "bases": str((Path(folder) / BASES_FILE).resolve())}
+    overrides = {"architectures": [family.eigen_architecture], "eigen": section}
+    eigen = parse_config({**base_config, **overrides}, str(path))
+    _check_shapes(
+        folder, eigen, family, family.geometry(base_config).hidden_size, _stored_shapes(folder)
+    )
+    return overrides
+
+
 def tensor_shapes(
     eigen: EigenConfig, family: Family, hidden_size: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -198,8 +254,19 @@ def validate(folder: Path) -> EigenConfig:
     folder = Path(folder)
     config, eigen = read_config(folder)
     family = family_of(config)
-    shapes = _stored_shapes(folder)
     hidden_size = family.geometry(config).hidden_size
+    _check_shapes(folder, eigen, family, hidden_size, _stored_shapes(folder))
+    return eigen
+
+
+def _check_shapes(
+    folder: Path,
+    eigen: EigenConfig,
+    family: Family,
+    hidden_size: int,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Every tensor the format fixes is stored in the shape the ranks ask for."""
     for name, expected in tensor_shapes(eigen, family, hidden_size):
         stored = shapes.get(name, shapes.get(name.removeprefix("model.")))
         if stored is None:
@@ -209,7 +276,6 @@ def validate(folder: Path) -> EigenConfig:
                 f"{folder}: tensor {name} has shape {list(stored)}, the ranks in config.json ask "
                 f"for {list(expected)}; calibrate again"
             )
-    return eigen
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ the same architecture through it. A new family is one more row in `FAMILIES`, ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vllm_eigen.errors import UnsupportedModelError
@@ -30,6 +30,12 @@ class Family:
         attention: name of the attention module inside a layer.
         q_proj, k_proj, v_proj, o_proj: names of the linear maps inside the attention module.
         rotary: whether keys and queries are rotated by position before their dot product.
+        q_norm, k_norm: names of the norms of query and key heads before rotation, if any.
+        qkv_proj: name of the fused projection that holds queries, keys and values in the base
+            checkpoint, if they are fused there; Eigen checkpoints have them apart.
+        aliases: other names of the architecture in `config.json`.
+        required: configuration fields (dotted) that must have a value for the model to be what
+            the description says.
     """
 
     model_type: str
@@ -42,6 +48,11 @@ class Family:
     v_proj: str
     o_proj: str
     rotary: bool
+    q_norm: str = ""
+    k_norm: str = ""
+    qkv_proj: str = ""
+    aliases: tuple[str, ...] = ()
+    required: tuple[tuple[str, bool], ...] = ()
 
     @property
     def eigen_architecture(self) -> str:
@@ -51,7 +62,11 @@ class Family:
     @property
     def key_modes(self) -> tuple[KeyMode, ...]:
         """Key-cache modes the family allows, the default first."""
-        return ("pre-rope",) if self.rotary else ("folded",)
+        return ("pre-rope", "post-rope") if self.rotary else ("folded",)
+
+    def untouched(self, config: Mapping[str, Any]) -> bool:
+        """Whether keys pass a norm or a clip, so that no basis can be folded into projections."""
+        return bool(self.k_norm) or bool(_field(config, "attn_config.clip_qkv"))
 
     def attention_path(self, layer: int) -> str:
         """Dotted path of a layer's attention module, e.g. `model.layers.3.self_attn`."""
@@ -61,12 +76,20 @@ class Family:
         """Head counts and sizes from a `config.json` dictionary.
 
         Raises:
-            UnsupportedModelError: a needed field is missing or the sizes do not divide.
+            UnsupportedModelError: a needed field is missing or has a value that is not supported,
+                or the sizes do not divide.
         """
+        for name, wanted in self.required:
+            found = _field(config, name)
+            if found is not None and bool(found) is not wanted:
+                raise UnsupportedModelError(
+                    f"config.json of {self.architecture}: {name}={str(found).lower()} is not "
+                    f"supported; supported: {str(wanted).lower()}"
+                )
         try:
-            hidden_size = int(config["hidden_size"])
-            num_heads = int(config["num_attention_heads"])
-            num_layers = int(config["num_hidden_layers"])
+            hidden_size = int(config.get("hidden_size") or config["d_model"])
+            num_heads = int(config.get("num_attention_heads") or config["n_heads"])
+            num_layers = int(config.get("num_hidden_layers") or config["n_layers"])
         except (KeyError, TypeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"config.json of {self.architecture}: field {error} is missing or not a number"
@@ -92,7 +115,9 @@ class Geometry:
     hidden_size: int
 
 
-_LLAMA = dict(
+_LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
     decoder="model",
     layers="layers",
     attention="self_attn",
@@ -104,7 +129,16 @@ _LLAMA = dict(
 )
 
 FAMILIES: tuple[Family, ...] = (
-    Family(model_type="llama", architecture="LlamaForCausalLM", **_LLAMA),  # type: ignore[arg-type]
+    _LLAMA,
+    replace(_LLAMA, model_type="mistral", architecture="MistralForCausalLM"),
+    replace(_LLAMA, model_type="qwen2", architecture="Qwen2ForCausalLM"),
+    replace(
+        _LLAMA,
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        q_norm="q_norm",
+        k_norm="k_norm",
+    ),
     Family(
         model_type="opt",
         architecture="OPTForCausalLM",
@@ -117,6 +151,26 @@ FAMILIES: tuple[Family, ...] = (
         o_proj="out_proj",
         rotary=False,
     ),
+    Family(
+        model_type="mpt",
+        architecture="MptForCausalLM",
+        decoder="transformer",
+        layers="blocks",
+        attention="attn",
+        q_proj="q_proj",
+        k_proj="k_proj",
+        v_proj="v_proj",
+        o_proj="out_proj",
+        rotary=False,
+        qkv_proj="Wqkv",
+        aliases=("MPTForCausalLM",),
+        required=(
+            ("attn_config.alibi", True),
+            ("attn_config.prefix_lm", False),
+            ("attn_config.qk_ln", False),
+            ("no_bias", True),
+        ),
+    ),
 )
 
 
@@ -128,8 +182,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """
     architectures = config.get("architectures") or []
     for family in FAMILIES:
-        if family.architecture in architectures or family.eigen_architecture in architectures:
+        names = (family.architecture, family.eigen_architecture, *family.aliases)
+        if any(name in architectures for name in names):
             return family
     named = ", ".join(map(str, architectures)) or f"model_type {config.get('model_type')!r}"
     supported = ", ".join(family.architecture for family in FAMILIES)
     raise UnsupportedModelError(f"architecture {named} is not supported; supported: {supported}")
+
+
+def _field(config: Mapping[str, Any], path: str) -> Any:
+    """A field of nested dictionaries by its dotted path, or None."""
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

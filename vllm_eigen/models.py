@@ -5,13 +5,18 @@ A class per family is made from the family's description; nothing of vLLM's mode
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import nn
 
 from vllm_eigen.attention import FoldedSelfAttention, UntouchedSelfAttention
 from vllm_eigen.checkpoint import EigenConfig, parse_config, validate
+from vllm_eigen.errors import UsageError
 from vllm_eigen.families import FAMILIES, Family
 from vllm_eigen.vllm_internals import PPMissingLayer, VllmConfig, forget_layer, stock_model
 
@@ -19,6 +24,7 @@ from vllm_eigen.vllm_internals import PPMissingLayer, VllmConfig, forget_layer, 
 def replace_attention(model: nn.Module, family: Family, vllm_config: VllmConfig) -> None:
     """Put Eigen attention into every decoder layer this pipeline stage holds."""
     eigen = eigen_config(vllm_config)
+    check_supported(eigen, vllm_config)
     replacement = (
         FoldedSelfAttention if eigen.projections == "folded" else UntouchedSelfAttention
     )
@@ -36,9 +42,44 @@ def replace_attention(model: nn.Module, family: Family, vllm_config: VllmConfig)
 def eigen_config(vllm_config: VllmConfig) -> EigenConfig:
     """The validated eigen section; a local checkpoint's tensors are checked against it too."""
     folder = Path(vllm_config.model_config.model)
-    if folder.is_dir():
+    eigen = parse_config(vllm_config.model_config.hf_config.to_dict())
+    if folder.is_dir() and eigen.bases is None:
         return validate(folder)
-    return parse_config(vllm_config.model_config.hf_config.to_dict())
+    return eigen
+
+
+def check_supported(eigen: EigenConfig, vllm_config: VllmConfig) -> None:
+    """Refuse what cannot work on this checkpoint, before anything is loaded.
+
+    Raises:
+        UsageError: names the option and what to use instead.
+    """
+    if vllm_config.lora_config is not None and eigen.projections == "folded":
+        raise UsageError(
+            "LoRA adapters are trained on the base projections, which a folded checkpoint no "
+            "longer has; serve the base model with --eigen-bases instead"
+        )
+    tp_size = vllm_config.parallel_config.tensor_parallel_size
+    for name, heads in (
+        ("query heads", eigen.num_heads),
+        ("KV heads", eigen.num_kv_heads),
+        ("latent heads", eigen.num_latent_heads),
+    ):
+        if heads % tp_size and (name == "query heads" or tp_size % heads):
+            raise UsageError(f"{heads} {name} cannot be split over {tp_size} ranks")
+
+
+def base_tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a `bases.safetensors`."""
+    with safe_open(path, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a mapping
+            yield name, tensors.get_tensor(name)
+
+
+def eigen_section(model: nn.Module) -> dict[str, Any]:
+    """The raw eigen section of a model's configuration."""
+    section: dict[str, Any] = model.config.eigen
+    return section
 
 
 def _model_class(family: Family) -> type[nn.Module]:
@@ -49,12 +90,20 @@ def _model_class(family: Family) -> type[nn.Module]:
         stock.__init__(self, vllm_config=vllm_config, prefix=prefix)
         replace_attention(self, family, vllm_config)
 
-    # LoRA adapters are trained on the base model's projections, which no longer exist here.
+    def load_weights(
+        self: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> set[str] | None:
+        bases = eigen_section(self).get("bases")
+        found: set[str] | None = stock.load_weights(
+            self, chain(weights, base_tensors(bases)) if bases else weights
+        )
+        return found
+
     attributes = {
         "__init__": __init__,
+        "load_weights": load_weights,
         "__module__": __name__,
         "__doc__": f"{family.architecture} with Eigen attention.",
-        "supports_lora": False,
     }
     return type(family.eigen_architecture, (stock,), attributes)
 

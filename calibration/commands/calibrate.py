@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--error-budget", type=float, metavar="E", help="relative error allowed a layer, e.g. 0.05"
     )
+    size.add_argument(
+        "--ranks", type=Path, metavar="FILE", help="JSON list of [rank_k, rank_v] per layer"
+    )
     add_text_arguments(parser)
     parser.add_argument(
         "--samples", type=int, default=128, metavar="N", help="windows (default %(default)s)"
@@ -86,8 +89,6 @@ def corpus_of(args: argparse.Namespace, default_split: str = "train") -> Callabl
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate; prints one line about the result."""
-    if args.kv_ratio is None and args.error_budget is None:
-        raise UsageError("pass --kv-ratio R (e.g. 0.6) or --error-budget E (e.g. 0.05)")
     from calibration.interrupt import terminate_as_interrupt
     from calibration.options import Options
     from calibration.pipeline import calibrate
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         provenance=collect(),
         kv_ratio=args.kv_ratio,
         error_budget=args.error_budget,
+        ranks=args.ranks,
         samples=args.samples,
         length=args.seq_len,
         seed=args.seed,

@@ -17,7 +17,7 @@ METHODS: dict[str, str] = {
 }
 """Name to "module:Class"; imported on use, so that `--help` stays instant."""
 
-DEFAULT = "paper"
+DEFAULT = "sensitivity"
 
 
 def get_method(name: str) -> Method:

@@ -71,9 +71,16 @@ class Batch:
 
 
 class Statistic(ABC):
-    """A float64 sum over tokens; stateless, so that the sums alone are a resumable state."""
+    """A float64 sum over tokens; stateless, so that the sums alone are a resumable state.
+
+    Attributes:
+        name: of the sum in `Moments`.
+        needs_probabilities: whether it reads `Batch.weights`, which costs the slower, eager
+            attention.
+    """
 
     name: ClassVar[str]
+    needs_probabilities: ClassVar[bool] = False
 
     @abstractmethod
     def shape(self, geometry: Geometry) -> tuple[int, ...]:

@@ -17,7 +17,16 @@ from calibration.unfold import load_reference
 from calibration.write import eigen_config, write_checkpoint
 from tests.calibration.tiny import build_model, save_model
 from vllm_eigen.checkpoint import LayerRanks, validate
+from vllm_eigen.families import KeyMode
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "num_key_value_heads": 4}),
@@ -27,6 +36,16 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"do_layer_norm_before": False, "tie_word_embeddings": True}),
     ("opt", {"enable_bias": False}),
     ("opt", {"word_embed_proj_dim": 16}),
+    ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    ("mistral", {}),
+    ("qwen2", {}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    ("qwen3", {}),
+    ("qwen3", {"attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("mpt", {}),
+    ("mpt", {"n_heads": 2, "tie_word_embeddings": True}),
+    ("mpt", {"attn_config": {"clip_qkv": 0.8}}),
+    ("mpt", {"attn_config": {"softmax_scale": 0.5}}),
 ]
 
 
@@ -48,7 +67,12 @@ def random_bases(heads: int, size: int, seed: int) -> Basis:
 
 
 def folded(
-    folder: Path, output: Path, ranks: list[tuple[int, int]], group: int = 1, seed: int = 0
+    folder: Path,
+    output: Path,
+    ranks: list[tuple[int, int]],
+    group: int = 1,
+    seed: int = 0,
+    key_mode: KeyMode | None = None,
 ) -> tuple[Path, list[LayerBases]]:
     """Write a checkpoint with random bases."""
     source = open_source(str(folder))
@@ -64,7 +88,7 @@ def folded(
     eigen = eigen_config(
         source,
         layers,
-        key_mode=source.family.key_modes[0],
+        key_mode=key_mode or source.family.key_modes[0],
         method="random",
         head_group=group,
         provenance={},
@@ -118,6 +142,24 @@ def test_unfolded_model_equals_low_rank_attention(
     with torch.no_grad():
         got = load_reference(output).double()(tokens).logits
     assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("ranks", [[(8, 8)] * 2, [(3, 5), (7, 2)]])
+def test_keys_cached_after_rotation(
+    kind: str, ranks: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    model = build_model(kind)
+    base = save_model(model, tmp_path / "base")
+    output, bases = folded(base, tmp_path / "eigen", ranks, key_mode="post-rope")
+    tokens = torch.randint(3, 60, (2, 24))
+    with torch.no_grad():
+        exact = model.double()(tokens).logits
+        got = load_reference(output).double()(tokens).logits
+    expected = compressed_logits(model, base, bases, output, tokens)
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    if ranks[0] == (8, 8):
+        assert float((got - exact).abs().max() / exact.abs().max()) < 1e-5
 
 
 @settings(

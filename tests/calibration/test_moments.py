@@ -29,6 +29,8 @@ def _batches(geometry: Geometry, counts: list[int], seed: int = 0) -> list[Batch
             key=heads(count, geometry.num_kv_heads),
             value=heads(count, geometry.num_kv_heads),
             context=heads(count, geometry.num_heads),
+            weights=torch.full((2, geometry.num_heads, count, count), 1 / count).tril(),
+            o_proj=torch.randn(16, geometry.num_heads, geometry.head_size, generator=generator),
         )
         for count in counts
     ]

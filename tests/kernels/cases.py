@@ -179,18 +179,18 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def expected(problem: Problem) -> Array:
     """The answer in float64, `[num_tokens, num_heads, rank_v]`."""
     case = problem.case
-    rows = []
+    outputs = []
     for i, (old, new) in enumerate(case.sequences):
         keys = stored(problem.keys[i], case, case.k_scale)
         values = stored(problem.values[i], case, case.v_scale)
         start = int(problem.query_start_loc[i])
-        for token in range(new):
-            query = problem.query[start + token].double().numpy()
-            rows.append(
-                [_attend_one(problem, h, query[h], old + token, keys, values)
-                 for h in range(case.num_heads)]
-            )  # fmt: skip
-    return np.array(rows).reshape(len(rows), case.num_heads, case.rank_v)
+        query = problem.query[start : start + new].double().numpy()
+        heads = [
+            _attend_one_head(problem, h, query[:, h], old, keys, values)
+            for h in range(case.num_heads)
+        ]
+        outputs.append(np.stack(heads, axis=1))
+    return np.concatenate(outputs)
 
 
 def stored(latents: torch.Tensor, case: Case, scale: float) -> Array:
@@ -205,24 +205,29 @@ def stored(latents: torch.Tensor, case: Case, scale: float) -> Array:
     return quantized.double().numpy() * scale
 
 
-def _attend_one(
-    problem: Problem, head: int, query: Array, position: int, keys: Array, values: Array
+def _attend_one_head(
+    problem: Problem, head: int, query: Array, old: int, keys: Array, values: Array
 ) -> Array:
+    """Rows `[new, query_size]` of one head, at positions old.., dense softmax."""
     case, options = problem.case, problem.options
-    first = 0 if case.window is None else max(0, position - case.window + 1)
-    seen = np.arange(first, position + 1)
     rebuilt_head = head // case.queries_per_head
     latent_head = rebuilt_head // case.group
-    seen_keys = keys[seen, latent_head]
+    key_at = np.arange(keys.shape[0])
+    query_at = old + np.arange(query.shape[0])[:, None]
+    seen_keys = keys[:, latent_head]
     if problem.rebuild is not None:
-        seen_keys = _rotary_keys(problem, seen_keys, seen, rebuilt_head)
-    logits = seen_keys @ query * options.scale
+        seen_keys = _rotary_keys(problem, seen_keys, key_at, rebuilt_head)
+    logits = query @ seen_keys.T * options.scale
     if case.soft_cap is not None:
         logits = case.soft_cap * np.tanh(logits / case.soft_cap)
     if options.alibi_slopes is not None:
-        logits = logits + float(options.alibi_slopes[head]) * (seen - position)
-    weights = np.exp(logits - logits.max())
-    return (weights / weights.sum()) @ values[seen, latent_head]
+        logits = logits + float(options.alibi_slopes[head]) * (key_at - query_at)
+    logits[key_at > query_at] = -np.inf
+    if case.window is not None:
+        logits[key_at <= query_at - case.window] = -np.inf
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.asarray(weights @ values[:, latent_head])
 
 
 def _rotary_keys(problem: Problem, latents: Array, positions: Array, head: int) -> Array:

@@ -20,7 +20,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = QUERY_DTYPES) -> Ca
     fp8 = draw(st.sampled_from((None, None, *FP8)))
     scales = st.sampled_from([0.05, 1.0, 2.0]) if fp8 else st.just(1.0)
     ranks = st.one_of(st.integers(1, 40), st.sampled_from([64, 77, 128, 129, 250, 256]))
-    sequence = st.tuples(st.integers(0, 700), st.one_of(st.just(1), st.integers(1, 70)))
+    sequence = st.tuples(st.integers(0, 700), st.one_of(st.just(1), st.integers(1, 60)))
     return Case(
         num_kv_heads=draw(st.integers(1, 3)),
         group=draw(st.integers(1, 2)) if rebuild else 1,

@@ -21,7 +21,7 @@ from .strategies import cases
 
 ISAS = supported_isas()
 SETTINGS = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
@@ -137,7 +137,7 @@ def test_strided_queries_and_outputs() -> None:
     assert torch.equal(run(kernels(), problem), plain)
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=10)
 @given(st.integers(1, 64), st.integers(0, 3))
 def test_sequences_without_queries_are_skipped(length: int, empty: int) -> None:
     sequences = [(length, 2), (length, 1)]

@@ -162,7 +162,7 @@ class Attention {
         std::fill_n(values_, static_cast<size_t>(item.rows) * padded, 0.0f);
       }
       for (int c = item.first_chunk; c < item.last_chunk; ++c) {
-        if (o_.a_.rebuild && !rebuild_chunk(item, c)) continue;
+        if (o_.a_.rebuild) rebuild_chunk(item, c);
         for (int r = 0; r < item.rows; r += kTileRows) {
           const int rows = std::min(kTileRows, item.rows - r);
           const bool kept = item.part >= 0;
@@ -270,9 +270,9 @@ class Attention {
       }
     }
 
-    bool rebuild_chunk(const Item& item, int chunk) {
+    void rebuild_chunk(const Item& item, int chunk) {
       const Bounds b = bounds(item, 0, item.rows, chunk);
-      if (b.begin >= b.end) return false;
+      if (b.begin >= b.end) return;
       const float k_scale = static_cast<float>(o_.a_.cache.k_scale) * E::unit_value;
       each_page(item, chunk, b.begin / kAlign * kAlign, (b.end + kAlign - 1) / kAlign * kAlign,
                 [&](const Storage* page, int inside, int begin, int end) {
@@ -280,7 +280,6 @@ class Attention {
                                   chunk * kChunk + begin, end - begin,
                                   keys_ + begin * Keys::pack, kChunk * Keys::pack);
                 });
-      return true;
     }
 
     void compute_tile(const Item& item, int row, int rows, int chunk, RowState* states,
@@ -315,7 +314,7 @@ class Attention {
         const float slope = a.alibi_slopes ? a.alibi_slopes[query_head(item, row + i)] : 0.0f;
         const RowScores options{static_cast<float>(a.scale) * k_scale,
                                 static_cast<float>(a.soft_cap), slope, at, first, at + 1};
-        states[i] = weigh<E>(options, scores_ + i * kChunk, weights_ + i * kChunk, begin, end);
+        states[i] = weigh<E>(options, scores_ + i * kChunk, weights_ + i * kChunk / E::pack, begin, end);
       }
       std::fill_n(values, static_cast<size_t>(rows) * padded, 0.0f);
       each_page(item, chunk, b.begin, b.end, [&](const Storage* page, int inside, int from, int to) {

@@ -14,7 +14,7 @@ namespace eigen {
 
 constexpr int kChunk = 256;
 constexpr int kAlign = 16;     // runs of tokens inside a page start and end at multiples of this
-constexpr int kTileRows = 32;  // query rows that share a pass over the keys
+constexpr int kTileRows = 24;  // query rows that share a pass over the keys: fits L1, fills tiles
 
 // Where K of some consecutive tokens lies: a page, or a buffer of rebuilt keys.
 template <class E>
@@ -39,8 +39,8 @@ void score_run(const uint32_t* queries, int64_t query_stride, int rows, const Ke
         F c[MR][NV] = {};
         const uint32_t* q = queries + r * query_stride;
         multiply<E, MR, NV>(c, q, query_stride, keys.first + t * E::pack, keys.stride, keys.units);
-        for (int i = 0; i < MR; ++i) {
-          for (int v = 0; v < NV; ++v) {
+        EIGEN_UNROLL for (int i = 0; i < MR; ++i) {
+          EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
             if (keys.single)
               c[i][v] = E::dot(c[i][v], E::load_single(keys.single + t + v * W),
                                E::broadcast(q[i * query_stride + keys.units]));
@@ -64,6 +64,7 @@ void score_run(const uint32_t* queries, int64_t query_stride, int rows, const Ke
 template <class E>
 void add_values(const uint32_t* weights, int rows, const typename E::Storage* values,
                 int64_t stride, int units, int rank_v, float* out, int padded) {
+  constexpr int kUnits = kChunk / E::pack;  // of a row of weights
   constexpr int widest = kAccumulators / 3;
   const int vectors = padded / W;
   const int nv = even_part(vectors, rows <= 3 ? widest : std::min(widest, 6));
@@ -76,12 +77,12 @@ void add_values(const uint32_t* weights, int rows, const typename E::Storage* va
         constexpr int MR = decltype(rows_here)::value;
         float* to = out + r * padded + v0 * W;
         F c[MR][NV];
-        for (int i = 0; i < MR; ++i)
-          for (int v = 0; v < NV; ++v) c[i][v] = load<F>(to + i * padded + v * W);
-        multiply<E, MR, NV>(c, weights + r * kChunk, kChunk, values + v0 * W * E::pack, stride,
+        EIGEN_UNROLL for (int i = 0; i < MR; ++i)
+          EIGEN_UNROLL for (int v = 0; v < NV; ++v) c[i][v] = load<F>(to + i * padded + v * W);
+        multiply<E, MR, NV>(c, weights + r * kUnits, kUnits, values + v0 * W * E::pack, stride,
                             units, last);
-        for (int i = 0; i < MR; ++i)
-          for (int v = 0; v < NV; ++v) store(to + i * padded + v * W, c[i][v]);
+        EIGEN_UNROLL for (int i = 0; i < MR; ++i)
+          EIGEN_UNROLL for (int v = 0; v < NV; ++v) store(to + i * padded + v * W, c[i][v]);
       });
     }
   };

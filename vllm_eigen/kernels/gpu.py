@@ -24,37 +24,13 @@ from vllm_eigen.errors import KernelError
 from .interface import FP8_DTYPES, Rebuild, ScoreOptions
 from .triton_attend import attend_tile, merge_splits
 from .triton_interpreter import repair_interpreter
-from .triton_rebuild import PackedRebuild, pack, rank_chunks
+from .triton_rebuild import FAR_STEP, PackedRebuild, pack, padded_planes
+from .triton_tiles import HOPPER_SHARED_BYTES, Shape, Tile, Tuning, fit, rank_chunks
 from .triton_write import write_latents
 
 MAX_RANK = 256
 _MAX_SPLITS = 128
 _INTERPRETED = not isinstance(attend_tile, triton.runtime.JITFunction)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Shape of one program: queries times heads, keys a step, and what Triton may spend on it."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What to measure on a new GPU; block_m grows where one token has more heads than that.
-
-    decode_split: the fewest keys a split holds. Long contexts take larger splits, by the width of
-        the block table, which an engine never changes.
-    relative_rotation: split positions into tile start and offset where the table allows.
-    """
-
-    decode: Tile = Tile(16, 64, 4, 3)
-    prefill: Tile = Tile(128, 64, 8, 3)
-    decode_split: int = 512
-    relative_rotation: bool = True
 
 
 class GpuKernels:
@@ -74,7 +50,11 @@ class GpuKernels:
         if _INTERPRETED:
             repair_interpreter()
         self.tuning = tuning or Tuning()
-        self._packed: weakref.WeakKeyDictionary[Rebuild, dict[tuple[Any, ...], PackedRebuild]] = (
+        self._shared_bytes = HOPPER_SHARED_BYTES
+        if torch.cuda.is_available():
+            device: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+            self._shared_bytes = device.shared_memory_per_block_optin
+        self._packed: weakref.WeakKeyDictionary[Rebuild, dict[torch.dtype, PackedRebuild]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -123,13 +103,21 @@ class GpuKernels:
             fp8_limit=torch.finfo(pages.dtype).max if is_fp8 else 0.0,
         )
 
-    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> None:
-        """Pack `rebuild` for queries of `dtype` now rather than at the first `attend`.
+    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> PackedRebuild:
+        """Pack `rebuild` for queries of `dtype`, once; `attend` does so at its first call.
 
-        To be called before a CUDA graph is captured; waits for the device.
+        It waits for the device, so it must have happened before a CUDA graph is captured: raises
+        KernelError otherwise.
         """
-        self._pack(rebuild, dtype, self.tuning.decode.block_n, self.tuning.relative_rotation)
-        self._pack(rebuild, dtype, self.tuning.prefill.block_n, False)
+        packed = self._packed.setdefault(rebuild, {})
+        if dtype not in packed:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise KernelError(
+                    "a CUDA graph is being captured but the key basis was never packed: call"
+                    " GpuKernels.prepare, or attend once, before the capture"
+                )
+            packed[dtype] = pack(rebuild, dtype)
+        return packed[dtype]
 
     def attend(
         self,
@@ -161,29 +149,29 @@ class GpuKernels:
         width = block_table.shape[1] * pages.shape[2]
         longest = min(width, max_seq_len or width)
         split_size = self._split_size(width)
-        decode, prefill = self.tuning.decode, self.tuning.prefill
-        decode_m = max(decode.block_m, triton.next_power_of_2(shape.heads_per_latent))
-        max_decode = decode_m // shape.heads_per_latent
+        tuning = self.tuning
+        decode = tuning.decode if rebuild is None else tuning.decode_rebuild
+        decode = fit(decode, shape.heads_per_latent, shape, self._shared_bytes)
+        prefill = fit(tuning.prefill, shape.heads_per_rebuilt, shape, self._shared_bytes)
+        max_decode = decode.block_m // shape.heads_per_latent
         seen = longest
         if options.sliding_window is not None:
             # Wherever they begin, the keys of a window touch at most one split more.
             seen = min(longest, options.sliding_window + max_decode + split_size)
         num_splits = triton.cdiv(seen, split_size)
 
-        prefill_m = max(prefill.block_m, triton.next_power_of_2(shape.heads_per_rebuilt))
+        packed = None if rebuild is None else self.prepare(rebuild, query.dtype)
         is_fp8 = pages.dtype in FP8_DTYPES
-        precision = "ieee" if query.dtype == torch.float32 else "tf32"
-        v_head, v_tail = rank_chunks(shape.rank_v)
         k_head, k_tail = rank_chunks(shape.rank_k)
+        v_head, v_tail = rank_chunks(shape.rank_v)
+        partials = _Partials.allocate(query, num_splits, v_head + v_tail)
 
-        def launch(tile: Tile, block_m: int, is_decode: bool, partials: _Partials) -> None:
-            packed = None
-            if rebuild is not None:
-                wish = is_decode and self.tuning.relative_rotation
-                packed = self._pack(rebuild, query.dtype, tile.block_n, wish)
+        def launch(tile: Tile, is_decode: bool) -> None:
             # Decode reads a latent once for all its heads; prefill spreads rebuilt heads out.
             heads = shape.heads_per_latent if is_decode else shape.heads_per_rebuilt
-            blocks = num_seqs if is_decode else num_tokens // (block_m // heads) + num_seqs
+            blocks = num_seqs if is_decode else num_tokens // (tile.block_m // heads) + num_seqs
+            relative = is_decode and tuning.relative_rotation and packed is not None
+            relative = relative and packed is not None and packed.near is not None
             attend_tile[(blocks * (shape.num_heads // heads), num_splits if is_decode else 1)](
                 query,
                 pages,
@@ -199,6 +187,7 @@ class GpuKernels:
                 packed.offset if packed else None,
                 packed.near if packed else None,
                 packed.far if packed else None,
+                packed.table if packed else None,
                 num_seqs,
                 num_splits,
                 split_size,
@@ -228,7 +217,8 @@ class GpuKernels:
                 has_cap=options.soft_cap is not None,
                 is_fp8=is_fp8,
                 rebuild=packed is not None,
-                relative=packed is not None and packed.relative,
+                relative=relative,
+                far_step=FAR_STEP,
                 is_neox=rebuild is not None and rebuild.is_neox_style,
                 rotary_dim=rebuild.rotary_dim if rebuild else 0,
                 head_size=query.shape[2],
@@ -236,15 +226,15 @@ class GpuKernels:
                 rest=packed.rest if packed else 0,
                 is_decode=is_decode,
                 max_decode=max_decode,
-                block_m=block_m,
+                swap=tile.swap,
+                block_m=tile.block_m,
                 block_n=tile.block_n,
-                precision=precision,
+                precision="tf32x3" if query.dtype == torch.float32 else "tf32",
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
 
-        partials = _Partials.allocate(query, num_splits, v_head + v_tail)
-        launch(decode, decode_m, True, partials)
+        launch(decode, is_decode=True)
         if num_splits > 1:
             merge_splits[(shape.num_heads, num_seqs)](
                 output,
@@ -267,37 +257,13 @@ class GpuKernels:
                 block_splits=16,
             )
         if longest_query > max_decode:
-            launch(prefill, prefill_m, False, partials)
+            launch(prefill, is_decode=False)
 
     def _split_size(self, width: int) -> int:
         """Keys a split, for sequences of at most `width` keys: a multiple of every tile."""
-        needed = triton.next_power_of_2(triton.cdiv(width, _MAX_SPLITS))
-        return max(self.tuning.decode_split, needed, self.tuning.decode.block_n)
-
-    def _pack(
-        self, rebuild: Rebuild, dtype: torch.dtype, block_n: int, relative: bool
-    ) -> PackedRebuild:
-        variants = self._packed.setdefault(rebuild, {})
-        wanted = (dtype, block_n, relative)
-        if wanted not in variants:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                raise KernelError(
-                    "a CUDA graph is being captured but the key basis was never packed: call"
-                    " GpuKernels.prepare, or attend once, before the capture"
-                )
-            variants[wanted] = pack(rebuild, dtype, block_n, relative)
-        return variants[wanted]
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Head counts and ranks of one call."""
-
-    num_heads: int
-    heads_per_latent: int
-    heads_per_rebuilt: int
-    rank_k: int
-    rank_v: int
+        needed: int = triton.next_power_of_2(triton.cdiv(width, _MAX_SPLITS))
+        tiles = self.tuning.decode, self.tuning.decode_rebuild
+        return max(self.tuning.decode_split, needed, *(tile.block_n for tile in tiles))
 
 
 @dataclass(frozen=True)
@@ -323,12 +289,12 @@ def _check(
     block_table: torch.Tensor,
     options: ScoreOptions,
     rebuild: Rebuild | None,
-) -> _Shape:
+) -> Shape:
     """The head counts and ranks of a call; KernelError where its tensors do not fit together."""
-    num_tokens, num_heads, query_size = query.shape
+    _, num_heads, query_size = query.shape
     num_kv_heads, rank_v = pages.shape[1], output.shape[2]
     rank_k = pages.shape[3] - rank_v
-    num_rebuilt = num_kv_heads
+    num_rebuilt, columns = num_kv_heads, 0
     _require(query.dtype in (torch.float32, torch.float16, torch.bfloat16), "dtype of the query")
     _require(pages.dtype in FP8_DTYPES or pages.dtype == query.dtype, "dtype of query and cache")
     _require(0 < rank_k <= MAX_RANK and 0 < rank_v <= MAX_RANK, f"ranks 1..{MAX_RANK}")
@@ -342,12 +308,23 @@ def _check(
         _require(
             rebuild.cos_sin.shape[1] == rebuild.rotary_dim <= head_size, "rotary table and head"
         )
+        half, rest = padded_planes(rebuild)
+        columns = 2 * half + rest
     _require(num_heads % num_rebuilt == 0, "heads of query and keys")
     _require(query.stride(2) == output.stride(2) == block_table.stride(1) == 1, "layout")
     slopes = options.alibi_slopes
     if slopes is not None:
         _require(slopes.shape == (num_heads,) and slopes.device == query.device, "ALiBi slopes")
-    return _Shape(num_heads, num_heads // num_kv_heads, num_heads // num_rebuilt, rank_k, rank_v)
+    return Shape(
+        num_heads=num_heads,
+        heads_per_latent=num_heads // num_kv_heads,
+        heads_per_rebuilt=num_heads // num_rebuilt,
+        rank_k=rank_k,
+        rank_v=rank_v,
+        columns=columns,
+        element_size=query.element_size(),
+        cached_size=pages.element_size(),
+    )
 
 
 def _pages(kv_cache: torch.Tensor) -> torch.Tensor:

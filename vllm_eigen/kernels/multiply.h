@@ -10,31 +10,26 @@
 
 namespace eigen {
 
-// `last` is how many units the last vector of b really has. kAhead > 0 asks for the rows of b
-// that many bytes ahead: hardware prefetch stops at page borders and starts late.
-template <class E, int MR, int NV, int kAhead = 0>
+// `last` is how many units the last vector of b really has.
+template <class E, int MR, int NV>
 EIGEN_INLINE void multiply(F (&c)[MR][NV], const uint32_t* a, int64_t a_stride,
                            const typename E::Storage* b, int64_t b_stride, int count,
                            int last = W) {
+  F sum[MR][NV];  // a copy: the compiler keeps it in registers, an argument it would not
+  EIGEN_UNROLL for (int r = 0; r < MR; ++r)
+    EIGEN_UNROLL for (int v = 0; v < NV; ++v) sum[r][v] = c[r][v];
   for (int u = 0; u < count; ++u) {
     typename E::Unit vectors[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV - 1; ++v) vectors[v] = E::load(b + v * W * E::pack);
+    EIGEN_UNROLL for (int v = 0; v < NV - 1; ++v) vectors[v] = E::load(b + v * W * E::pack);
     vectors[NV - 1] = E::load_first(b + (NV - 1) * W * E::pack, last);
-    if constexpr (kAhead > 0) {
-      const char* line = reinterpret_cast<const char*>(b) + kAhead;
-      constexpr int bytes = NV * W * E::pack * static_cast<int>(sizeof(typename E::Storage));
-#pragma GCC unroll 16
-      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) {
+    EIGEN_UNROLL for (int r = 0; r < MR; ++r) {
       const auto unit = E::broadcast(a[r * a_stride + u]);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) c[r][v] = E::dot(c[r][v], vectors[v], unit);
+      EIGEN_UNROLL for (int v = 0; v < NV; ++v) sum[r][v] = E::dot(sum[r][v], vectors[v], unit);
     }
     b += b_stride;
   }
+  EIGEN_UNROLL for (int r = 0; r < MR; ++r)
+    EIGEN_UNROLL for (int v = 0; v < NV; ++v) c[r][v] = sum[r][v];
 }
 
 template <int N>

@@ -27,21 +27,18 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
   multiply<E>(c, rows, units, layout.keys(page, 0, token), layout.key_stride(),
               layout.full_units());
   if (layout.has_single()) {
-    for (int v = 0; v < NV; ++v) {
+    EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
       const auto single = E::load_single(layout.single(page, token + v * W));
-#pragma GCC unroll 8
-      for (int r = 0; r < 2 * P; ++r)
+      EIGEN_UNROLL for (int r = 0; r < 2 * P; ++r)
         c[r][v] = E::dot(c[r][v], single, E::broadcast(rows[r * units + units - 1]));
     }
   }
   constexpr int pack = E::Rebuilt::pack;
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) {
+  EIGEN_UNROLL for (int p = 0; p < P; ++p) {
     const float x_offset = offset ? offset[2 * (plane + p)] : 0.0f;
     const float y_offset = offset ? offset[2 * (plane + p) + 1] : 0.0f;
     auto* out = keys + (plane + p) * (2 / pack) * row_stride;
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
+    EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
       const F x = c[2 * p][v] * k_scale + x_offset, y = c[2 * p + 1][v] * k_scale + y_offset;
       F turned_x = x, turned_y = y;
       if (plane + p < a.rotary_planes) {

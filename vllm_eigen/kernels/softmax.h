@@ -32,14 +32,22 @@ EIGEN_INLINE RowState weigh(const RowScores& row, float* scores, uint32_t* weigh
   const float to_log2 = row.soft_cap == 0.0f ? row.scale * kLog2e : row.scale / row.soft_cap;
   const float cap = row.soft_cap * kLog2e, slope = row.slope * kLog2e;
   F best = splat(kMasked);
-  for (int t = begin; t < end; t += W) {
-    const I at = iota() + t;
-    F x = load<F>(scores + t) * to_log2;
-    if (cap != 0.0f) x = tanh(x) * cap;
-    if (slope != 0.0f) x = x + __builtin_convertvector(at - row.query_at, F) * slope;
-    x = select((at >= row.first) & (at < row.last), x, splat(kMasked));
-    best = max(best, x);
-    store(scores + t, x);
+  if (cap == 0.0f && slope == 0.0f && row.first <= begin && row.last >= end) {
+    for (int t = begin; t < end; t += W) {
+      const F x = load<F>(scores + t) * to_log2;
+      best = max(best, x);
+      store(scores + t, x);
+    }
+  } else {
+    for (int t = begin; t < end; t += W) {
+      const I at = iota() + t;
+      F x = load<F>(scores + t) * to_log2;
+      if (cap != 0.0f) x = tanh(x) * cap;
+      if (slope != 0.0f) x = x + __builtin_convertvector(at - row.query_at, F) * slope;
+      x = select((at >= row.first) & (at < row.last), x, splat(kMasked));
+      best = max(best, x);
+      store(scores + t, x);
+    }
   }
   RowState state;
   state.max = max_of(best);
@@ -50,9 +58,9 @@ EIGEN_INLINE RowState weigh(const RowScores& row, float* scores, uint32_t* weigh
     const F p = exp2(load<F>(scores + t) - base);
     if constexpr (E::pack == 2) {
       // Sum what the values will be multiplied by, so that rounding cannot bias the mean.
-      const H rounded = bf16_of_float(p);
-      store(reinterpret_cast<uint16_t*>(weights) + t, rounded);
-      sum += float_of_bf16(rounded);
+      const F rounded = (F)(((I)p + 0x8000) & static_cast<int32_t>(0xffff0000));
+      store(reinterpret_cast<uint16_t*>(weights) + t, bf16_of_float(rounded));
+      sum += rounded;
     } else {
       store(weights + t, p);
       sum += p;
@@ -68,7 +76,9 @@ EIGEN_INLINE void merge(RowState& total, float* values, const RowState& part,
                         const float* part_values, int padded) {
   if (part.max == kMasked) return;
   const float best = total.max > part.max ? total.max : part.max;
-  const float keep = exp2(total.max - best), add = exp2(part.max - best);
+  const float factor = exp2(total.max > part.max ? part.max - best : total.max - best);
+  const float keep = total.max > part.max ? 1.0f : factor;
+  const float add = total.max > part.max ? factor : 1.0f;
   total.max = best;
   total.sum = total.sum * keep + part.sum * add;
   for (int d = 0; d < padded; d += W)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rebuild import add_scores, load_basis, rebuild_columns, rotate
+from .triton_rebuild import add_rebuilt_scores, add_scores, load_basis, rotate
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -33,6 +33,7 @@ def attend_tile(
     offset,
     near,
     far,
+    rotary_table,
     num_seqs,
     num_splits,
     split_size,
@@ -63,6 +64,7 @@ def attend_tile(
     is_fp8: tl.constexpr,
     rebuild: tl.constexpr,
     relative: tl.constexpr,
+    far_step: tl.constexpr,
     is_neox: tl.constexpr,
     rotary_dim: tl.constexpr,
     head_size: tl.constexpr,
@@ -145,18 +147,13 @@ def attend_tile(
         qx = tl.load(source + x_at, mask=live & in_plane, other=0.0)
         qy = tl.load(source + y_at, mask=live & in_plane, other=0.0)
         q_turning = tl.reshape(tl.join(qx, qy), [block_m, 2 * half])
+        q_still = q_turning
         if rest > 0:
             still_at = rotary_dim + tl.arange(0, rest)[None, :]
             q_still = tl.load(source + still_at, mask=live & (still_at < head_size), other=0.0)
-        basis_stride: tl.constexpr = (k_head + k_tail) * (2 * half + rest)
-        head_basis = basis + head_tile * rebuilt_per_tile * basis_stride
-        head_offset = offset
-        if offset is not None:
-            head_offset = offset + head_tile * rebuilt_per_tile * (2 * half + rest)
         # Loaded here it stays in shared memory; other heads of a group are read again and again.
-        turning, turning_tail, still, still_tail, turning_offset, still_offset = load_basis(
-            head_basis, head_offset, k_head, k_tail, half, rest
-        )
+        first_rebuilt = head_tile * rebuilt_per_tile
+        first_tiles = load_basis(basis, offset, first_rebuilt, k_head, k_tail, half, rest)
         row_rebuilt = (row_head // (heads_per_tile // rebuilt_per_tile))[:, None]
         if relative:
             table_row = tl.arange(0, block_n)[:, None] * (2 * half)
@@ -173,9 +170,9 @@ def attend_tile(
 
     highest = tl.full([block_m], float("-inf"), tl.float32)
     total = tl.zeros([block_m], tl.float32)
-    result = tl.zeros([block_m, v_head], tl.float32)
+    result = tl.zeros([v_head, block_m] if swap else [block_m, v_head], tl.float32)
     if v_tail > 0:
-        result_tail = tl.zeros([block_m, v_tail], tl.float32)
+        result_tail = tl.zeros([v_tail, block_m] if swap else [block_m, v_tail], tl.float32)
     pages = cache + (head_tile // tiles_per_latent).to(tl.int64) * cache_stride_head
     table = block_table + sequence.to(tl.int64) * table_stride
 
@@ -203,61 +200,44 @@ def attend_tile(
         if rebuild:
             q_turned = q_turning
             if relative:
-                start_row = far + start // block_n * (2 * half)
+                start_row = far + start // far_step * (2 * half)
                 start_cos = tl.load(start_row + plane)
                 start_sin = tl.load(start_row + half + plane)
                 q_turned = rotate(q_turning.to(tl.float32), start_cos, -start_sin)
                 q_turned = q_turned.to(query.dtype.element_ty)
             else:
-                table_row = far + key_at[:, None] * rotary_dim
+                table_row = rotary_table + key_at[:, None] * rotary_dim
                 in_table = loaded & in_plane
                 cos = tl.load(table_row + plane, mask=in_table, other=0.0).to(tl.float32)
                 sin = tl.load(table_row + rotary_dim // 2 + plane, mask=in_table, other=0.0)
                 sin = sin.to(tl.float32)
             for index in tl.static_range(rebuilt_per_tile):
+                tiles = first_tiles
                 if index > 0:
-                    offset_row = head_offset
-                    if offset is not None:
-                        offset_row = head_offset + index * (2 * half + rest)
-                    turning, turning_tail, still, still_tail, turning_offset, still_offset = (
-                        load_basis(
-                            head_basis + index * basis_stride, offset_row, k_head, k_tail, half, rest
-                        )
+                    tiles = load_basis(
+                        basis, offset, first_rebuilt + index, k_head, k_tail, half, rest
                     )
-                rebuilt = rebuild_columns(
+                q_rotated, q_unrotated = q_turned, q_still
+                if rebuilt_per_tile > 1:
+                    q_rotated = tl.where(row_rebuilt == index, q_turned, 0.0)
+                    q_unrotated = tl.where(row_rebuilt == index, q_still, 0.0)
+                logits = add_rebuilt_scores(
+                    logits,
+                    q_rotated,
+                    q_unrotated,
                     keys,
                     keys_tail,
-                    turning,
-                    turning_tail,
-                    turning_offset,
+                    tiles,
+                    cos,
+                    sin,
                     k_scale,
-                    k_tail > 0,
-                    offset is not None,
-                    is_fp8,
-                    precision,
+                    has_tail=k_tail > 0,
+                    has_rest=rest > 0,
+                    has_offset=offset is not None,
+                    is_fp8=is_fp8,
+                    swap=swap,
+                    precision=precision,
                 )
-                q_mine = q_turned
-                if rebuilt_per_tile > 1:
-                    q_mine = tl.where(row_rebuilt == index, q_turned, 0.0)
-                logits = add_scores(logits, q_mine, rotate(rebuilt, cos, sin), swap, precision)
-                if rest > 0:
-                    rebuilt = rebuild_columns(
-                        keys,
-                        keys_tail,
-                        still,
-                        still_tail,
-                        still_offset,
-                        k_scale,
-                        k_tail > 0,
-                        offset is not None,
-                        is_fp8,
-                        precision,
-                    )
-                    if rebuilt_per_tile > 1:
-                        q_mine = tl.where(row_rebuilt == index, q_still, 0.0)
-                    else:
-                        q_mine = q_still
-                    logits = add_scores(logits, q_mine, rebuilt, swap, precision)
         else:
             logits = add_scores(logits, q_head, keys, swap, precision)
             if k_tail > 0:
@@ -288,14 +268,16 @@ def attend_tile(
         highest = new_highest
         weights = weights.to(query.dtype.element_ty)
         values = values.to(query.dtype.element_ty)
-        result = tl.dot(weights, values, result * fade[:, None], input_precision=precision)
+        result = _add_values(result, weights, values, fade, swap, precision)
         if v_tail > 0:
             more = _load_latents(latents + rank_k, dim_v_tail, loaded, rank_v, v_head + v_tail)
             more = more.to(query.dtype.element_ty)
-            result_tail = tl.dot(
-                weights, more, result_tail * fade[:, None], input_precision=precision
-            )
+            result_tail = _add_values(result_tail, weights, more, fade, swap, precision)
 
+    if swap:
+        result = tl.trans(result)
+        if v_tail > 0:
+            result_tail = tl.trans(result_tail)
     if only_split:
         inverse = (v_scale if is_fp8 else 1.0) / tl.where(total == 0.0, 1.0, total)[:, None]
         target = output + token[:, None] * output_stride_token + head[:, None] * output_stride_head
@@ -399,6 +381,17 @@ def _owner(block, query_start_loc, num_seqs, block_q: tl.constexpr):
         low = tl.where(is_before, middle, low)
         high = tl.where(is_before, high, middle)
     return low
+
+
+@triton.jit
+def _add_values(result, weights, values, fade, swap: tl.constexpr, precision: tl.constexpr):
+    """result * fade + weights @ values, `[block_m, chunk of rank_v]`, or all of it transposed."""
+    if swap:
+        faded = result * fade[None, :]
+        result = tl.dot(tl.trans(values), tl.trans(weights), faded, input_precision=precision)
+    else:
+        result = tl.dot(weights, values, result * fade[:, None], input_precision=precision)
+    return result
 
 
 @triton.jit

@@ -18,20 +18,13 @@ import triton
 import triton.language as tl
 
 from .interface import Rebuild
+from .triton_tiles import MAX_BLOCK_N, MIN_DOT, padded, rank_chunks
 
-MIN_DOT = 16
-"""The smallest side of a matrix-unit operand."""
+FAR_STEP = MIN_DOT
+"""Positions between two rows of the table of tile starts; divides every tile's size."""
 
 _TABLE_TOLERANCE = 2e-2
 """Float32 tables err by position * 2^-24 radians; another scheme is wrong by the order of 1."""
-
-
-def rank_chunks(rank: int) -> tuple[int, int]:
-    """Split a rank into two powers of two (the second may be 0): 77 is 64 + 16, not 128."""
-    whole = max(MIN_DOT, triton.next_power_of_2(rank))
-    head = whole // 2
-    tail = max(MIN_DOT, triton.next_power_of_2(rank - head))
-    return (head, tail) if head >= MIN_DOT and tail < head else (whole, 0)
 
 
 @dataclass(frozen=True)
@@ -41,31 +34,33 @@ class PackedRebuild:
     basis: `[num_rebuilt_heads, head + tail chunk of rank_k, 2 * half + rest]`, zero padded, in the
         query's dtype; offset: float32 `[num_rebuilt_heads, 2 * half + rest]`, or None.
     half, rest: the number of planes and of dimensions that do not rotate (0: none), both padded.
-    relative: rotate by tile start and offset; near then holds the offsets' cosines and sines,
-        float32 `[block_n, 2 * half]`, and far those of every tile's start. Otherwise both are the
-        caller's own table.
+    table: the caller's cosines and sines, `[max_position, rotary_dim]`.
+    near, far: float32 cosines and sines of the positions 0 .. MAX_BLOCK_N - 1, and of every
+        FAR_STEP-th, `[.., 2 * half]`; None where the table is not that of a plain rotation, or is
+        too coarse to be multiplied.
     """
 
     basis: torch.Tensor
     offset: torch.Tensor | None
     half: int
     rest: int
-    relative: bool
-    near: torch.Tensor
-    far: torch.Tensor
+    table: torch.Tensor
+    near: torch.Tensor | None
+    far: torch.Tensor | None
 
 
-def pack(rebuild: Rebuild, dtype: torch.dtype, block_n: int, relative: bool) -> PackedRebuild:
-    """Pack `rebuild` for queries of `dtype` and tiles of `block_n` keys.
+def padded_planes(rebuild: Rebuild) -> tuple[int, int]:
+    """`half` and `rest` of a packed rebuild."""
+    head_size = rebuild.key_basis.shape[2]
+    return padded(rebuild.rotary_dim // 2), padded(head_size - rebuild.rotary_dim)
 
-    `relative` is a wish: a table in low precision, or not that of a plain rotation, is kept.
-    Synchronises with the device.
-    """
+
+def pack(rebuild: Rebuild, dtype: torch.dtype) -> PackedRebuild:
+    """Pack `rebuild` for queries of `dtype`; waits for the device."""
     basis, planes = rebuild.key_basis, rebuild.rotary_dim // 2
     heads, rank_k, head_size = basis.shape
-    half = max(MIN_DOT, triton.next_power_of_2(planes))
+    half, rest = padded_planes(rebuild)
     unrotated = head_size - rebuild.rotary_dim
-    rest = max(MIN_DOT, triton.next_power_of_2(unrotated)) if unrotated else 0
     turning = torch.arange(rebuild.rotary_dim, device=basis.device)
     turning = turning.view(2, -1) if rebuild.is_neox_style else turning.view(-1, 2).t()
 
@@ -80,43 +75,42 @@ def pack(rebuild: Rebuild, dtype: torch.dtype, block_n: int, relative: bool) -> 
     rows = basis.new_zeros(heads, sum(rank_chunks(rank_k)), head_size, dtype=dtype)
     rows[:, :rank_k] = basis
     offset = rebuild.key_offset
-    table = rebuild.cos_sin
-    relative = relative and _is_rotation(table, block_n)
-    if relative:
-        near, far = table[:block_n] / table[0, 0], table[::block_n]
-        near = torch.nn.functional.pad(near, (0, 0, 0, block_n - near.shape[0]))
-        near, far = _pad_planes(near, half), _pad_planes(far, half)
-    else:
-        near = far = table.contiguous()
+    table = rebuild.cos_sin.contiguous()
+    near = far = None
+    if _is_rotation(table):
+        near = _pad_table(table[:MAX_BLOCK_N] / table[0, 0], MAX_BLOCK_N, half)
+        far = _pad_table(table[::FAR_STEP], -(-table.shape[0] // FAR_STEP), half)
     return PackedRebuild(
         basis=columns(rows),
-        offset=None if offset is None else columns(offset.float()).contiguous(),
+        offset=None if offset is None else columns(offset.float()),
         half=half,
         rest=rest,
-        relative=relative,
+        table=table,
         near=near,
         far=far,
     )
 
 
-def _pad_planes(table: torch.Tensor, half: int) -> torch.Tensor:
-    """`[positions, 2 * planes]` -> `[positions, 2 * half]`, cosines and sines zero padded."""
-    parts = table.view(table.shape[0], 2, -1)
-    padding = half - parts.shape[-1]
-    return torch.nn.functional.pad(parts, (0, padding)).reshape(table.shape[0], 2 * half)
+def _pad_table(table: torch.Tensor, rows: int, half: int) -> torch.Tensor:
+    """`[positions, 2 * planes]` -> `[rows, 2 * half]`, cosines and sines each zero padded."""
+    count, planes = table.shape[0], table.shape[1] // 2
+    target = table.new_zeros(rows, 2, half)
+    target[:count, :, :planes] = table.view(count, 2, planes)
+    return target.view(rows, 2 * half)
 
 
-def _is_rotation(table: torch.Tensor, block_n: int) -> bool:
-    """Whether each row is the rotation of its tile's start after that of its offset."""
-    if table.dtype not in (torch.float32, torch.float64):
+def _is_rotation(table: torch.Tensor) -> bool:
+    """Whether rows turn by equal angles a position, so that the parts of a position compose."""
+    if table.dtype != torch.float32:
         return False
-    cos, sin = table.double().chunk(2, dim=-1)
-    position = torch.arange(table.shape[0], device=table.device)
-    start, step = position // block_n * block_n, position % block_n
+    cos, sin = table.chunk(2, dim=-1)
+    # An odd stride meets every offset within a tile.
+    position = torch.arange(0, table.shape[0], 7, device=table.device)
+    start, step = position // MAX_BLOCK_N * MAX_BLOCK_N, position % MAX_BLOCK_N
     gain = cos[0, 0]
     turned_cos = (cos[start] * cos[step] - sin[start] * sin[step]) / gain
     turned_sin = (sin[start] * cos[step] + cos[start] * sin[step]) / gain
-    error = torch.maximum((turned_cos - cos).abs().max(), (turned_sin - sin).abs().max())
+    error = (turned_cos - cos[position]).abs().max() + (turned_sin - sin[position]).abs().max()
     return bool(error < _TABLE_TOLERANCE * gain)
 
 
@@ -124,18 +118,20 @@ def _is_rotation(table: torch.Tensor, block_n: int) -> bool:
 def load_basis(
     basis,
     offset,
+    head,
     rank_head: tl.constexpr,
     rank_tail: tl.constexpr,
     half: tl.constexpr,
     rest: tl.constexpr,
 ):
-    """One rebuilt head's packed basis, by chunks of the rank and by turning and still columns.
+    """Rebuilt head `head` of the packed basis: chunks of the rank, turning and still columns.
 
     Returns (turning `[rank_head, 2 * half]`, the tail's, still `[rank_head, rest]`, the tail's,
     turning offset `[1, 2 * half]`, still offset `[1, rest]`); what a layer lacks is a stand-in.
     """
     width: tl.constexpr = 2 * half + rest
     turning_at = tl.arange(0, 2 * half)[None, :]
+    basis += head * ((rank_head + rank_tail) * width)
     rows = basis + tl.arange(0, rank_head)[:, None] * width
     turning = tl.load(rows + turning_at)
     turning_tail, still, still_tail = turning, turning, turning
@@ -149,34 +145,10 @@ def load_basis(
             still_tail = tl.load(tail_rows + still_at)
     turning_offset, still_offset = turning, turning
     if offset is not None:
-        turning_offset = tl.load(offset + turning_at)
+        turning_offset = tl.load(offset + head * width + turning_at)
         if rest > 0:
-            still_offset = tl.load(offset + still_at)
+            still_offset = tl.load(offset + head * width + still_at)
     return turning, turning_tail, still, still_tail, turning_offset, still_offset
-
-
-@triton.jit
-def rebuild_columns(
-    keys,
-    keys_tail,
-    basis,
-    basis_tail,
-    offset,
-    k_scale,
-    has_tail: tl.constexpr,
-    has_offset: tl.constexpr,
-    is_fp8: tl.constexpr,
-    precision: tl.constexpr,
-):
-    """Latents `[block_n, rank]` times basis columns `[rank, n]`, unquantised, plus the offset."""
-    product = tl.dot(keys, basis, input_precision=precision)
-    if has_tail:
-        product = tl.dot(keys_tail, basis_tail, product, input_precision=precision)
-    if is_fp8:
-        product *= k_scale
-    if has_offset:
-        product += offset
-    return product
 
 
 @triton.jit
@@ -198,5 +170,85 @@ def add_scores(scores, query, keys, swap: tl.constexpr, precision: tl.constexpr)
     """
     keys = keys.to(query.dtype)
     if swap:
-        return tl.dot(keys, tl.trans(query), scores, input_precision=precision)
-    return tl.dot(query, tl.trans(keys), scores, input_precision=precision)
+        scores = tl.dot(keys, tl.trans(query), scores, input_precision=precision)
+    else:
+        scores = tl.dot(query, tl.trans(keys), scores, input_precision=precision)
+    return scores
+
+
+@triton.jit
+def add_rebuilt_scores(
+    scores,
+    q_turning,
+    q_still,
+    keys,
+    keys_tail,
+    tiles,
+    cos,
+    sin,
+    k_scale,
+    has_tail: tl.constexpr,
+    has_rest: tl.constexpr,
+    has_offset: tl.constexpr,
+    is_fp8: tl.constexpr,
+    swap: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Add the raw scores of one rebuilt head, as `add_scores` does.
+
+    q_turning `[block_m, 2 * half]`, q_still `[block_m, rest]`; keys and keys_tail, latents by
+    chunks of the rank; tiles from `load_basis`; cos, sin `[block_n, half]`.
+    """
+    turning, turning_tail, still, still_tail, turning_offset, still_offset = tiles
+    rebuilt = _rebuild_columns(
+        keys,
+        keys_tail,
+        turning,
+        turning_tail,
+        turning_offset,
+        k_scale,
+        has_tail,
+        has_offset,
+        is_fp8,
+        precision,
+    )
+    scores = add_scores(scores, q_turning, rotate(rebuilt, cos, sin), swap, precision)
+    if has_rest:
+        unrotated = _rebuild_columns(
+            keys,
+            keys_tail,
+            still,
+            still_tail,
+            still_offset,
+            k_scale,
+            has_tail,
+            has_offset,
+            is_fp8,
+            precision,
+        )
+        scores = add_scores(scores, q_still, unrotated, swap, precision)
+    return scores
+
+
+@triton.jit
+def _rebuild_columns(
+    keys,
+    keys_tail,
+    basis,
+    basis_tail,
+    offset,
+    k_scale,
+    has_tail: tl.constexpr,
+    has_offset: tl.constexpr,
+    is_fp8: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Latents `[block_n, rank]` times basis columns `[rank, n]`, unquantised, plus the offset."""
+    product = tl.dot(keys, basis, input_precision=precision)
+    if has_tail:
+        product = tl.dot(keys_tail, basis_tail, product, input_precision=precision)
+    if is_fp8:
+        product *= k_scale
+    if has_offset:
+        product += offset
+    return product

@@ -14,6 +14,7 @@
 #endif
 
 #define EIGEN_INLINE inline __attribute__((always_inline))
+#define EIGEN_UNROLL _Pragma("GCC unroll 8")
 
 namespace eigen {
 
@@ -91,13 +92,19 @@ EIGEN_INLINE float sum_of(F v) {
 
 EIGEN_INLINE F max(F a, F b) { return a > b ? a : b; }
 
-// 2^x to 2e-7, exactly 0 below -126 (so 2^-inf = 0), for x <= 126.
+// 2^x to 2e-7, exactly 0 for x < -200 and x = -inf, for x <= 126.
 EIGEN_INLINE F exp2(F x) {
+#if defined(__AVX512F__)
+  const F bounded = max(x, splat(-200.0f));
+  const F whole = (F)_mm512_roundscale_ps((__m512)bounded, _MM_FROUND_TO_NEAREST_INT);
+  const F f = bounded - whole;  // in [-0.5, 0.5]
+#else
   const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const I tiny = x < -126.0f;
-  const F safe = select(tiny, splat(-126.0f), x);
-  const F shifted = safe + magic;
-  const F f = safe - (shifted - magic);  // in [-0.5, 0.5]
+  const F bounded = select(tiny, splat(-126.0f), x);
+  const F shifted = bounded + magic;
+  const F f = bounded - (shifted - magic);
+#endif
   F p = splat(1.535336188319500e-4f);
   p = p * f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
@@ -105,8 +112,11 @@ EIGEN_INLINE F exp2(F x) {
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.0f;
-  const F scaled = (F)((I)p + ((I)shifted << 23));
-  return select(tiny, F{}, scaled);
+#if defined(__AVX512F__)
+  return (F)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  return select(tiny, F{}, (F)((I)p + ((I)shifted << 23)));
+#endif
 }
 
 // Scalars need the same bits as vectors: the order in which partial results meet is promised.

@@ -1,0 +1,129 @@
+"""Every family streams, calibrates and folds like the model it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibration.source import open_source
+from calibration.stream import Skeleton, Stream
+from calibration.unfold import load_reference
+from tests.calibration.test_fold import folded
+from tests.calibration.tiny import MAKERS, build_model, save_model
+from vllm_eigen.checkpoint import validate
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A family and a random tiny configuration of it."""
+    kind = draw(st.sampled_from(sorted(MAKERS)))
+    changes: dict[str, Any] = {"tie_word_embeddings": draw(st.booleans())}
+    if kind in ("opt", "mpt"):
+        heads, size = draw(st.sampled_from([1, 2, 3, 4])), draw(st.sampled_from([2, 4, 8]))
+        width = heads * size
+        if kind == "opt":
+            changes |= {
+                "num_attention_heads": heads,
+                "hidden_size": width,
+                "word_embed_proj_dim": draw(st.sampled_from([width, 6])),
+                "do_layer_norm_before": draw(st.booleans()),
+                "enable_bias": draw(st.booleans()),
+            }
+        else:
+            clip = draw(st.sampled_from([None, 0.5]))
+            changes |= {"n_heads": heads, "d_model": width, "attn_config": {"clip_qkv": clip}}
+        return kind, changes
+    kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3]))
+    size = draw(st.sampled_from([2, 4, 8]))
+    changes |= {"num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads}
+    if kind == "qwen2":
+        changes["hidden_size"] = kv_heads * group * size
+    else:
+        changes |= {"head_dim": size, "hidden_size": kv_heads * group * 4}
+    if kind in ("llama", "qwen3"):
+        changes["attention_bias"] = draw(st.booleans())
+    return kind, changes
+
+
+@settings(max_examples=25, deadline=None)
+@given(configuration=configurations(), seed=st.integers(0, 99))
+def test_full_rank_is_lossless(
+    configuration: tuple[str, dict[str, Any]],
+    seed: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    kind, changes = configuration
+    folder = tmp_path_factory.mktemp(kind)
+    model = build_model(kind, seed, **changes)
+    base = save_model(model, folder / "base")
+    geometry = open_source(str(base)).geometry
+    size = geometry.head_size
+    output, _ = folded(base, folder / "eigen", [(size, size)] * geometry.num_layers, seed=seed)
+    tokens = torch.randint(3, 60, (1, 20))
+    with torch.no_grad():
+        expected = model.double()(tokens).logits
+        got = load_reference(output).double()(tokens).logits
+    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+@pytest.mark.parametrize("eager", [True, False])
+def test_streaming_equals_the_whole_model(kind: str, eager: bool, tmp_path: Path) -> None:
+    model = build_model(kind)
+    source = open_source(str(save_model(model, tmp_path)))
+    skeleton = Skeleton(source, torch.device("cpu"), eager=eager)
+    tokens = torch.randint(3, 60, (5, 24))
+    stream = Stream(skeleton, tokens, spill_limit=0)
+    for index in range(skeleton.num_layers):
+        for _ in stream.advance(index, skeleton.layer(index)):
+            pass
+    with torch.no_grad():
+        expected = model(tokens).logits
+    torch.testing.assert_close(
+        skeleton.logits(tokens, stream.hidden), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "mpt"])
+@pytest.mark.parametrize("method", ["paper", "sensitivity"])
+def test_calibrates(
+    kind: str,
+    method: str,
+    make_model: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+    command: Command,
+) -> None:
+    output = tmp_path / "out"
+    small = ("--samples", 12, "--seq-len", 24, "--method", method)
+    arguments = ("--output", output, "--kv-ratio", 0.75, "--text", text_file, *small)
+    status, _, error = command("calibrate", make_model(kind), *arguments)
+    assert status == 0, error
+    eigen = validate(output)
+    assert abs(eigen.kv_ratio - 0.75) < 0.05
+    assert eigen.projections == ("untouched" if kind == "qwen3" else "folded")
+    if kind != "qwen2":  # transformers insists on Qwen's own tokenizer there
+        status, _, error = command("evaluate", output, "--text", text_file)
+        assert status == 0, error
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qk_ln": True}, {"alibi": False}, {"prefix_lm": True}], ids=str
+)
+def test_mpt_options_without_a_reference_are_refused(
+    changes: dict[str, bool], make_model: Callable[..., Path], text_file: Path, tmp_path: Path,
+    command: Command,
+) -> None:  # fmt: skip
+    model = make_model("mpt", attn_config=changes)
+    arguments = ("--output", tmp_path / "out", "--kv-ratio", 0.5, "--text", text_file)
+    status, _, error = command("calibrate", model, *arguments)
+    assert status == 1
+    assert f"attn_config.{next(iter(changes))}" in error

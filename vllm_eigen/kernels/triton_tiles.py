@@ -1,0 +1,134 @@
+"""Shapes of GPU programs: what runs fastest, as far as it fits the device's shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import triton
+
+from vllm_eigen.errors import KernelError
+
+MIN_DOT = 16
+"""The smallest side of a matrix-unit operand."""
+
+MAX_BLOCK_N = 128
+"""The most keys a step, so the most positions a tile's rotary table must hold."""
+
+HOPPER_SHARED_BYTES = 232_448
+"""What one program may use on compute capability 9.0."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of one program: queries times heads, keys a step, and what Triton may spend on it.
+
+    Triton keeps (num_stages - 1) / 2 steps of latents in flight, for a page must be looked up
+    before it is read. swap: multiply keys by queries, so that the keys fill the matrix unit's rows.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    swap: bool
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What to measure on a new GPU; a tile grows where one token has more heads than block_m.
+
+    decode_split: the fewest keys a split holds. Long contexts take larger splits, by the width of
+        the block table, which an engine never changes.
+    relative_rotation: in decode, split positions into tile start and offset where the rotary table
+        allows.
+    """
+
+    decode: Tile = Tile(16, 64, 4, 3, swap=True)
+    decode_rebuild: Tile = Tile(16, 64, 4, 5, swap=True)
+    prefill: Tile = Tile(128, 64, 8, 3, swap=False)
+    decode_split: int = 512
+    relative_rotation: bool = True
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call's head counts, ranks and element sizes.
+
+    columns: padded width of a rebuilt key, 0 where keys are cached as they are used.
+    element_size: bytes of a query element; cached_size: of a cached one.
+    """
+
+    num_heads: int
+    heads_per_latent: int
+    heads_per_rebuilt: int
+    rank_k: int
+    rank_v: int
+    columns: int
+    element_size: int
+    cached_size: int
+
+
+def rank_chunks(rank: int) -> tuple[int, int]:
+    """Split a rank into two powers of two (the second may be 0): 77 is 64 + 16, not 128."""
+    whole = max(MIN_DOT, triton.next_power_of_2(rank))
+    head = whole // 2
+    tail = max(MIN_DOT, triton.next_power_of_2(rank - head))
+    return (head, tail) if head >= MIN_DOT and tail < head else (whole, 0)
+
+
+def padded(size: int) -> int:
+    """A dimension as the matrix unit takes it; 0 stays 0."""
+    return max(MIN_DOT, int(triton.next_power_of_2(size))) if size else 0
+
+
+@lru_cache(maxsize=256)
+def fit(tile: Tile, heads: int, shape: Shape, shared_bytes: int) -> Tile:
+    """`tile` for `heads` query heads a token, or the largest smaller one that fits.
+
+    Raises KernelError where even the smallest does not.
+    """
+    least_m = padded(heads)
+    block_m = max(tile.block_m, least_m)
+    widest = max(sum(rank_chunks(shape.rank_k)), sum(rank_chunks(shape.rank_v)), shape.columns)
+    is_large = widest > 128 or block_m > 64 or heads > shape.heads_per_rebuilt
+    tile = replace(
+        tile,
+        block_m=block_m,
+        num_warps=max(tile.num_warps, 8 if is_large else 1),
+        swap=tile.swap and block_m < 64,
+    )
+    while _shared_bytes(tile, heads, shape) > shared_bytes:
+        if tile.num_stages > 1:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif tile.block_m > max(least_m, 32):
+            tile = replace(tile, block_m=tile.block_m // 2)
+        elif tile.block_n > MIN_DOT:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        else:
+            raise KernelError(
+                f"gpu kernels: ranks {shape.rank_k} and {shape.rank_v} with {heads} heads and"
+                f" {shape.element_size}-byte elements need more than this device's {shared_bytes}"
+                " bytes of shared memory; use bfloat16, or VLLM_EIGEN_KERNELS=reference"
+            )
+    return tile
+
+
+def _shared_bytes(tile: Tile, heads: int, shape: Shape) -> int:
+    """Roughly what Triton 3.6 to 3.9 takes for a program on Hopper, from above."""
+    rank_k, rank_v = sum(rank_chunks(shape.rank_k)), sum(rank_chunks(shape.rank_v))
+    in_flight = 1 + max(min(tile.num_stages - 1, 1), (tile.num_stages - 1) // 2)
+    latents = in_flight * tile.block_n * (rank_k + rank_v) * shape.cached_size
+    if shape.cached_size != shape.element_size:
+        latents += tile.block_n * (rank_k + rank_v) * shape.element_size
+    rebuilt = 0
+    if shape.columns:
+        # One head's basis stays; a group's are staged.
+        copies = 1 if heads <= shape.heads_per_rebuilt else 3
+        rebuilt = copies * rank_k * shape.columns * shape.element_size
+        if not tile.swap:
+            # Keys on their way from one product to the next, and cosines and sines in float32.
+            rebuilt += tile.block_n * shape.columns * (shape.element_size + 4 * in_flight)
+    queries = tile.block_m * (shape.columns or rank_k) * shape.element_size
+    scores = tile.block_m * tile.block_n * 4
+    return latents + rebuilt + queries + scores
