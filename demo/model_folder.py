@@ -35,9 +35,13 @@ positions, a byte-level BPE of {vocabulary:,} tokens, bfloat16. It writes Englis
 Python documentation; it knows nothing, follows no instructions, and is meant for demonstrations
 and tests only.
 
-Trained from scratch by `{command}` on the documentation strings of Python packages
-(`demo/corpus.py`; packages, versions and licences are in `provenance.json`), which are not shipped
-with it. Modules are split by name: the held-out text comes from modules never trained on.
+Trained from scratch by
+
+    {command}
+
+on the documentation strings of Python packages (`demo/corpus.py`; packages, versions and licences
+are in `provenance.json`), which are not shipped with it. Modules are split by name: the held-out
+text comes from modules never trained on.
 
 | | |
 |---|---|
