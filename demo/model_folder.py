@@ -35,7 +35,7 @@ positions, a byte-level BPE of {vocabulary:,} tokens, bfloat16. It writes Englis
 Python documentation; it knows nothing, follows no instructions, and is meant for demonstrations
 and tests only.
 
-Trained from scratch by
+Trained by
 
     {command}
 
@@ -87,7 +87,7 @@ def save(
         positions=config.max_position_embeddings,
         vocabulary=config.vocab_size,
         command=provenance["command"],
-        tokens=provenance["tokens_seen"],
+        tokens=provenance["tokens_seen"] + provenance.get("earlier_run", {}).get("tokens_seen", 0),
         perplexity_512=provenance["heldout"]["perplexity_windows_512"],
         perplexity_2048=provenance["heldout"]["perplexity_windows_2048"],
         hardware=provenance["hardware"],
@@ -97,6 +97,14 @@ def save(
         folder.replace(previous)
     temporary.replace(folder)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def load(folder: Path) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM, dict[str, Any]]:
+    """Tokenizer, float32 model and provenance of a folder written by `save`."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    provenance: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
+    return tokenizer, model.train(), provenance
 
 
 def environment() -> dict[str, Any]:

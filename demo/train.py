@@ -4,7 +4,7 @@ Reads `demo.corpus`, trains what `demo.architecture` builds, and writes a folder
 and server use as any other Hugging Face model (`demo.model_folder`). One processor core and under
 an hour are enough.
 
-Usage: python -m demo.train --output DIR --minutes M --seed S --threads T
+Usage: python -m demo.train --output DIR --minutes M --seed S --threads T [--start-from DIR]
 """
 
 import argparse
@@ -29,6 +29,7 @@ from demo.architecture import MAX_POSITIONS, build_model, pack, train_tokenizer
 # (share of the time from which it holds, sequence lengths taken in turn): short sequences are fast,
 # the last phase makes every position work.
 LENGTHS = ((0.0, (256,)), (0.55, (512,)), (0.85, (2048, 512)))
+CONTINUED_LENGTHS = ((0.0, (512,)), (0.8, (2048, 512)))
 EVALUATION_LENGTH = 512
 EVALUATION_WINDOWS = 64
 
@@ -40,6 +41,7 @@ class Recipe:
     minutes: float
     seed: int
     threads: int
+    start_from: Path | None = None
     batch_tokens: int = 2048
     peak_learning_rate: float = 3e-3
     final_share: float = 0.02  # of the peak learning rate
@@ -84,7 +86,8 @@ def batches(tokens: Tensor, recipe: Recipe) -> Iterator[tuple[float, Tensor]]:
     start = time.monotonic()
     step = 0
     while (share := (time.monotonic() - start) / (60 * recipe.minutes)) < 1:
-        lengths = next(taken for since, taken in reversed(LENGTHS) if share >= since)
+        phases = CONTINUED_LENGTHS if recipe.start_from else LENGTHS
+        lengths = next(taken for since, taken in reversed(phases) if share >= since)
         length = lengths[step % len(lengths)]
         count = max(1, recipe.batch_tokens // length)
         offsets = torch.randint(len(tokens) - length, (count, 1), generator=generator)
@@ -109,17 +112,23 @@ def train(output: Path, recipe: Recipe) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(recipe.threads)  # the tokenizer's threads
     torch.manual_seed(recipe.seed)
     texts = {split: list(corpus.documents(split)) for split in ("train", "heldout")}
-    tokenizer = train_tokenizer(texts["train"])
+    earlier: dict[str, Any] | None = None
+    if recipe.start_from is None:
+        tokenizer = train_tokenizer(texts["train"])
+        model = build_model(tokenizer)
+    else:
+        tokenizer, model, earlier = model_folder.load(recipe.start_from)
     packed = {split: pack(tokenizer, documents) for split, documents in texts.items()}
-    model = build_model(tokenizer)
     optimizer = optimizer_for(model, recipe)
     log: list[dict[str, Any]] = []
     shown = output.name if output.is_absolute() else output
     facts: dict[str, Any] = {
         "command": f"python -m demo.train --output {shown} --minutes {recipe.minutes:g} "
-        f"--seed {recipe.seed} --threads {recipe.threads}",
+        f"--seed {recipe.seed} --threads {recipe.threads}"
+        + (f" --start-from {recipe.start_from.name}" if recipe.start_from else ""),
         **model_folder.environment(),
-        "recipe": vars(recipe),
+        "recipe": {name: value for name, value in vars(recipe).items() if name != "start_from"},
+        **({"earlier_run": earlier} if earlier else {}),
         "corpus": {split: _describe(texts[split], packed[split]) for split in texts},
         "parameters": model.num_parameters(),
     }
@@ -188,8 +197,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=45.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    train(arguments.output, Recipe(arguments.minutes, arguments.seed, arguments.threads))
+    parser.add_argument("--start-from", type=Path, help="model folder whose training goes on")
+    given = parser.parse_args()
+    train(given.output, Recipe(given.minutes, given.seed, given.threads, given.start_from))
 
 
 if __name__ == "__main__":

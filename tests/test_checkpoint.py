@@ -119,7 +119,7 @@ def test_truncated_file_is_refused(tmp_path_factory: pytest.TempPathFactory, kep
 
 def test_missing_weights_and_config(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no .safetensors"):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
         checkpoint.validate(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
@@ -129,5 +129,5 @@ def test_missing_weights_and_config(folder: Path) -> None:
 
 
 def test_unsupported_architecture_lists_the_supported() -> None:
-    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM.*LlamaForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM.*LlamaForCausalLM"):
         family_of({"architectures": ["MambaForCausalLM"]})

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_eigen.checkpoint import EigenConfig, LayerRanks, basis_shapes
+from vllm_eigen.checkpoint import (
+    KEY_BASIS,
+    KEY_ENCODER,
+    VALUE_BASIS,
+    VALUE_ENCODER,
+    EigenConfig,
+    LayerRanks,
+    basis_shapes,
+)
 from vllm_eigen.families import Family
 from vllm_eigen.kernels import Rebuild
 from vllm_eigen.projections import EigenQKVLinear
@@ -65,9 +73,7 @@ class EigenAttention(Attention):
         self._k_scale.fill_(self._k_scale_float)
         self._v_scale.fill_(self._v_scale_float)
 
-    def forward(  # type: ignore[override]
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend to the cache after adding this step's tokens.
 
         Args:
@@ -100,7 +106,7 @@ class EigenSelfAttention(nn.Module):
 
     def __init__(
         self,
-        stock: nn.Module,
+        stock: Any,
         family: Family,
         eigen: EigenConfig,
         layer: int,
@@ -110,7 +116,7 @@ class EigenSelfAttention(nn.Module):
         self.ranks = eigen.layers[layer]
         self.key_mode = eigen.key_mode
         self.head_size = eigen.head_size
-        self.rotary_emb: nn.Module | None = getattr(stock, "rotary_emb", None)
+        self.rotary_emb: Any = getattr(stock, "rotary_emb", None)
         tp_size = get_tensor_model_parallel_world_size()
         self.num_heads = eigen.num_heads // tp_size
         self.num_kv_heads = max(1, eigen.num_kv_heads // tp_size)
@@ -139,9 +145,15 @@ class EigenSelfAttention(nn.Module):
         set_weight_attrs(parameter, {"weight_loader": load})
         self.register_parameter(name, parameter)
 
+    def basis(self, name: str) -> torch.Tensor:
+        """A parameter made by `add_basis`."""
+        return self.get_parameter(name)
+
     def rebuild_keys(self) -> None:
         """Let the attention kernels rebuild full rotary keys through `key_basis`."""
-        self.attn.rebuild = Rebuild(key_basis=self.key_basis, **rotary_cos_sin(self.rotary_emb))
+        self.attn.rebuild = Rebuild(
+            key_basis=self.basis(KEY_BASIS), **rotary_cos_sin(self.rotary_emb)
+        )
 
 
 class FoldedSelfAttention(EigenSelfAttention):
@@ -149,7 +161,7 @@ class FoldedSelfAttention(EigenSelfAttention):
 
     def __init__(
         self,
-        stock: nn.Module,
+        stock: Any,
         family: Family,
         eigen: EigenConfig,
         layer: int,
@@ -178,7 +190,7 @@ class FoldedSelfAttention(EigenSelfAttention):
         self.add_module(family.o_proj, output)
         self._output = family.o_proj
         if eigen.key_mode == "pre-rope":
-            self.add_basis("key_basis", (eigen.num_kv_heads, self.ranks.rank_k, eigen.head_size))
+            self.add_basis(KEY_BASIS, (eigen.num_kv_heads, self.ranks.rank_k, eigen.head_size))
             self.rebuild_keys()
 
     def forward(
@@ -202,7 +214,7 @@ class UntouchedSelfAttention(EigenSelfAttention):
 
     def __init__(
         self,
-        stock: nn.Module,
+        stock: Any,
         family: Family,
         eigen: EigenConfig,
         layer: int,
@@ -210,8 +222,8 @@ class UntouchedSelfAttention(EigenSelfAttention):
     ) -> None:
         super().__init__(stock, family, eigen, layer, vllm_config)
         self.qkv_proj = stock.qkv_proj
-        self.q_norm: nn.Module | None = getattr(stock, "q_norm", None)
-        self.k_norm: nn.Module | None = getattr(stock, "k_norm", None)
+        self.q_norm: Any = getattr(stock, "q_norm", None)
+        self.k_norm: Any = getattr(stock, "k_norm", None)
         self.clip_qkv: float | None = getattr(stock, "clip_qkv", None)
         self.add_module(family.o_proj, getattr(stock, family.o_proj))
         self._output = family.o_proj
@@ -240,14 +252,14 @@ class UntouchedSelfAttention(EigenSelfAttention):
             rotated = key if self.key_mode == "post-rope" else None
             query, _ = self.rotary_emb(positions, query, rotated)
         if self.key_mode != "pre-rope":
-            query = _per_head(query, self.key_basis.mT, self.num_heads)
+            query = _per_head(query, self.basis(KEY_BASIS).mT, self.num_heads)
         latent_heads = self.attn.num_kv_heads
         context = self.attn(
             query,
-            _per_head(key, self.key_encoder, latent_heads),
-            _per_head(value, self.value_encoder, latent_heads),
+            _per_head(key, self.basis(KEY_ENCODER), latent_heads),
+            _per_head(value, self.basis(VALUE_ENCODER), latent_heads),
         )
-        context = _per_head(context, self.value_basis, self.num_heads)
+        context = _per_head(context, self.basis(VALUE_BASIS), self.num_heads)
         output, _ = getattr(self, self._output)(context)
         return output
 

@@ -101,7 +101,7 @@ class EigenAttentionImpl(AttentionImpl[EigenMetadata]):
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -120,7 +120,7 @@ class EigenAttentionImpl(AttentionImpl[EigenMetadata]):
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -150,7 +150,6 @@ class EigenAttentionImpl(AttentionImpl[EigenMetadata]):
             layer._v_scale_float,
         )
         return output
-
 
     def _typed(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """vLLM hands fp8 caches over as bytes; give them their element type."""

@@ -285,7 +285,8 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{index} is damaged: {error}") from error
         files = [folder / name for name in names]

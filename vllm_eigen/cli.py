@@ -75,7 +75,7 @@ def _parse(arguments: list[str], modules: dict[str, str]) -> argparse.Namespace:
 
 
 def _load(module: str) -> Command:
-    loaded: Command = importlib.import_module(module)  # type: ignore[assignment]
+    loaded: Command = importlib.import_module(module)
     return loaded
 
 

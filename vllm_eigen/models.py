@@ -25,18 +25,14 @@ def replace_attention(model: nn.Module, family: Family, vllm_config: VllmConfig)
     """Put Eigen attention into every decoder layer this pipeline stage holds."""
     eigen = eigen_config(vllm_config)
     check_supported(eigen, vllm_config)
-    replacement = (
-        FoldedSelfAttention if eigen.projections == "folded" else UntouchedSelfAttention
-    )
-    layers = model.get_submodule(f"{family.decoder}.{family.layers}")
+    replacement = FoldedSelfAttention if eigen.projections == "folded" else UntouchedSelfAttention
+    layers: Any = model.get_submodule(f"{family.decoder}.{family.layers}")
     for index, layer in enumerate(layers):
         if isinstance(layer, PPMissingLayer):
             continue
         stock = getattr(layer, family.attention)
         forget_layer(vllm_config, stock.attn)
-        setattr(
-            layer, family.attention, replacement(stock, family, eigen, index, vllm_config)
-        )
+        setattr(layer, family.attention, replacement(stock, family, eigen, index, vllm_config))
 
 
 def eigen_config(vllm_config: VllmConfig) -> EigenConfig:
@@ -76,7 +72,7 @@ def base_tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensors.get_tensor(name)
 
 
-def eigen_section(model: nn.Module) -> dict[str, Any]:
+def eigen_section(model: Any) -> dict[str, Any]:
     """The raw eigen section of a model's configuration."""
     section: dict[str, Any] = model.config.eigen
     return section

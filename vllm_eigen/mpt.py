@@ -173,7 +173,7 @@ class MPTModel(nn.Module):
             ["hidden_states"], config.d_model
         )
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """[num_tokens] to [num_tokens, hidden]."""
         return self.wte(input_ids)
 

@@ -148,7 +148,7 @@ def score_options(attention: Attention) -> dict[str, Any]:
     }
 
 
-def rotary_cos_sin(rotary: nn.Module) -> dict[str, Any]:
+def rotary_cos_sin(rotary: Any) -> dict[str, Any]:
     """The parameters of a vLLM rotary embedding that our kernels need.
 
     Returns:

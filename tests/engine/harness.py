@@ -125,9 +125,7 @@ def metric(llm: Any, name: str) -> float:
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Prompts of random token ids, one of each length."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(3, 2000, (length,), generator=generator).tolist() for length in lengths
-    ]
+    return [torch.randint(3, 2000, (length,), generator=generator).tolist() for length in lengths]
 
 
 def expected_logits(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
