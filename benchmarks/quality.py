@@ -303,13 +303,16 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         lines, columns, figsize=(3.4 * columns, 3 * lines), squeeze=False, layout="constrained"
     )
     methods = list(dict.fromkeys(row.method for row in rows))
-    most = {model: max(row.samples for row in rows if row.model == model) for model in models}
+    usual = {
+        model: statistics.mode(row.samples for row in rows if row.model == model)
+        for model in models
+    }
     for axis, model in zip(axes.flat, models, strict=False):
         for index, method in enumerate(methods):
             mine = [
                 row
                 for row in rows
-                if (row.model, row.method, row.samples) == (model, method, most[model])
+                if (row.model, row.method, row.samples) == (model, method, usual[model])
             ]
             mine.sort(key=lambda row: row.kv_ratio)
             if mine:

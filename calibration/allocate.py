@@ -1,33 +1,36 @@
-"""Spend one byte budget over all layers, keys and values, where the measured loss is least.
+"""Spend one byte budget over all layers, keys and values, where it saves most measured loss.
 
-The losses of single layers add up, to first order in the loss, so the best ranks for a budget
-are those of equal marginal loss: the curves are made convex, and ranks are given out one at a
-time to whoever gains most. One rank costs the same bytes wherever it goes, keys or values.
+Losses of different layers' keys and values are taken to add up, and one rank costs the same bytes
+wherever it goes, so the best ranks for a budget come from an exact dynamic programme over the
+loss curves that `probe` measured.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibration.methods.base import LayerBases
 from calibration.probe import LayerCurves
 from vllm_eigen.checkpoint import LayerRanks
 from vllm_eigen.errors import UsageError
 
+Loss = NDArray[np.float64]
+"""Loss of one layer's keys or values at every rank, [full_rank + 1]."""
+
 
 def allocate_ranks(
     bases: Sequence[LayerBases], curves: Sequence[LayerCurves], kv_ratio: float
 ) -> list[LayerRanks]:
-    """Ranks whose sum is `kv_ratio` of the full one, rounded to a rank.
+    """Ranks of least total loss whose sum is `kv_ratio` of the full one, rounded to a rank.
 
     Raises:
         UsageError: not even rank 1 everywhere is so small.
     """
     losses = [
-        convex(curve.at_every_rank(basis))
+        curve.at_every_rank(basis)
         for item, layer in zip(bases, curves, strict=True)
         for curve, basis in ((layer.key, item.key), (layer.value, item.value))
     ]
@@ -39,33 +42,32 @@ def allocate_ranks(
             f"ask for at least {len(losses) / full:.3f}"
         )
     ranks = spend(losses, budget)
-    return [
-        LayerRanks(rank_k=ranks[2 * n], rank_v=ranks[2 * n + 1]) for n in range(len(ranks) // 2)
-    ]
+    pairs = zip(ranks[::2], ranks[1::2], strict=True)
+    return [LayerRanks(rank_k=key, rank_v=value) for key, value in pairs]
 
 
-def spend(losses: Sequence[np.ndarray], budget: int) -> list[int]:
-    """Ranks of at least 1 with sum `budget` and the least total of convex loss curves."""
-    ranks = [1] * len(losses)
-    gains = [(loss[2] - loss[1], n) for n, loss in enumerate(losses) if len(loss) > 2]
-    heapq.heapify(gains)
-    for _ in range(min(budget, sum(len(loss) - 1 for loss in losses)) - len(losses)):
-        _, n = heapq.heappop(gains)
-        ranks[n] += 1
-        if ranks[n] + 1 < len(losses[n]):
-            heapq.heappush(gains, (losses[n][ranks[n] + 1] - losses[n][ranks[n]], n))
-    return ranks
+def spend(losses: Sequence[Loss], budget: int) -> list[int]:
+    """One rank from 1 to full for every curve, with sum `budget` and the least total loss.
 
-
-def convex(loss: np.ndarray) -> np.ndarray:
-    """The greatest convex curve below `loss`, [n + 1] to [n + 1]: its lower hull."""
-    hull: list[int] = []
-    for n in range(len(loss)):
-        while len(hull) >= 2:
-            a, b = hull[-2], hull[-1]
-            if (loss[b] - loss[a]) * (n - a) < (loss[n] - loss[a]) * (b - a):
-                break
-            hull.pop()
-        hull.append(n)
-    curve: np.ndarray = np.interp(np.arange(len(loss)), hull, loss[hull])
-    return curve
+    A budget past all full ranks gives those.
+    """
+    budget = min(budget, sum(len(loss) - 1 for loss in losses))
+    best = np.full(budget + 1, np.inf)
+    best[0] = 0.0
+    taken: list[NDArray[np.int32]] = []
+    for loss in losses:
+        total = np.full(budget + 1, np.inf)
+        chosen = np.zeros(budget + 1, dtype=np.int32)
+        for rank in range(1, min(len(loss) - 1, budget) + 1):
+            candidate = best[: budget + 1 - rank] + loss[rank]
+            better = candidate < total[rank:]
+            total[rank:][better] = candidate[better]
+            chosen[rank:][better] = rank
+        best = total
+        taken.append(chosen)
+    ranks: list[int] = []
+    left = budget
+    for chosen in reversed(taken):
+        ranks.append(int(chosen[left]))
+        left -= ranks[-1]
+    return ranks[::-1]

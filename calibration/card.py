@@ -49,7 +49,6 @@ def model_card(source: Source, eigen: EigenConfig) -> str:
             if not isinstance(value, list)
         ),
         f"- command: `{record.get('command', '')}`",
-        f"- date: {record.get('date', '')}",
         "",
     ]
     return "\n".join(lines)

@@ -7,6 +7,8 @@ served model is measured through vLLM by the benchmarks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from calibration.metrics import Comparison, Quality
 from calibration.progress import Reporter
 from calibration.source import Source, open_source
 from calibration.state import recall_base
+from calibration.tasks import Accuracy, accuracy, read_questions
 from calibration.text import Corpus, all_windows
 from calibration.unfold import load_base, load_reference
 from vllm_eigen.checkpoint import EigenConfig, read_config
@@ -23,6 +26,15 @@ from vllm_eigen.errors import InputError
 
 WINDOW = 2048
 """Tokens a window, as in the paper, unless the model takes fewer."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality on a text, and accuracy of base and compressed model by task."""
+
+    quality: Quality
+    eigen: EigenConfig
+    tasks: dict[str, tuple[Accuracy, Accuracy]]
 
 
 def find_base(folder: Path, eigen: EigenConfig, named: str | None) -> Source:
@@ -59,13 +71,20 @@ def evaluate(
     device: torch.device,
     reporter: Reporter,
     max_tokens: int | None = None,
-) -> tuple[Quality, EigenConfig]:
-    """Compare the checkpoint in `folder` with its base over the whole corpus.
+    tasks: Sequence[Path] = (),
+    task_limit: int | None = None,
+) -> Evaluation:
+    """Compare the checkpoint in `folder` with its base over the whole corpus and on tasks.
+
+    Args:
+        tasks: jsonl files of questions (`calibration.tasks`).
+        task_limit: most questions of each.
 
     Raises:
         CheckpointError, InputError: the checkpoint, its base or the text cannot be used.
     """
     _, eigen = read_config(folder)
+    questions = {path.stem: read_questions(path, task_limit) for path in tasks}
     source = find_base(folder, eigen, base)
     reporter.stage("loading", 2)
     compressed = load_reference(folder, device)
@@ -84,7 +103,15 @@ def evaluate(
     for window in torch.split(tokens, 1):
         comparison.add(_logits(original, window), _logits(compressed, window), window)
         reporter.step()
-    return comparison.result(), eigen
+    scores: dict[str, tuple[Accuracy, Accuracy]] = {}
+    for name, items in questions.items():
+        reporter.stage(name, 2 * len(items))
+        options: dict[str, Any] = {"length": source.max_positions, "step": reporter.step}
+        scores[name] = (
+            accuracy(original, source.tokenizer(), items, **options),
+            accuracy(compressed, source.tokenizer(), items, **options),
+        )
+    return Evaluation(comparison.result(), eigen, scores)
 
 
 def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:

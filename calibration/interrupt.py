@@ -8,19 +8,31 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """While open, SIGTERM raises KeyboardInterrupt in the main thread."""
+    """While open, SIGINT and SIGTERM raise KeyboardInterrupt in the main thread.
+
+    It leaves the block as such even if native code on the way turned it into another error.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    seen: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         yield
+    except Exception as error:
+        if seen:
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -65,7 +65,8 @@ class LayerPass:
             found = state.load(index)
             if found is None:
                 found = self._visit(index, layer, stream, reporter)
-                state.save(index, found)
+                # As a resumed run would have it: strides, too, change the last bit of a product.
+                found = state.save(index, found)
             elif index + 1 < layers:
                 for _ in stream.advance(index, layer):
                     reporter.step()

@@ -16,8 +16,9 @@ from calibration.choose import choose_ranks, curve_rule
 from calibration.layers import LayerPass
 from calibration.measure import measure
 from calibration.methods import get_method
-from calibration.methods.base import Method
+from calibration.methods.base import LayerBases, Method
 from calibration.options import Options
+from calibration.predict import Prediction, predict
 from calibration.progress import Reporter
 from calibration.source import Source, open_source
 from calibration.state import State, remember_base
@@ -85,6 +86,7 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
         state,
         reporter,
     )
+    losses = choice.pop("loss_curves", None)
     measured: dict[str, Any] = {}
     if len(windows.held_out):
         reporter.stage("measuring", skeleton.num_layers)
@@ -111,11 +113,49 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
     )
     reporter.stage("writing", len(source.weights))
     write_checkpoint(
-        source, eigen, bases, options.output, overwrite=options.overwrite, step=reporter.step
+        source,
+        eigen,
+        bases,
+        options.output,
+        details={"spectrum": [_spectrum(item) for item in bases], "loss_curves": losses},
+        overwrite=options.overwrite,
+        step=reporter.step,
     )
     remember_base(source.fingerprint, source.folder)
     state.discard()
     return eigen
+
+
+def foresee(options: Options) -> Prediction:
+    """What `calibrate` would give and cost; reads the configuration only.
+
+    Raises:
+        UsageError, InputError, OutputError: what it would refuse for the configuration alone.
+    """
+    options.check()
+    method = get_method(options.method)
+    device = pick_device(options.device)
+    source = open_source(options.model, with_weights=False)
+    return predict(
+        source,
+        method,
+        kv_ratio=options.kv_ratio,
+        samples=options.samples,
+        length=options.length,
+        key_mode=_key_mode(options, source),
+        head_group=_head_group(options, method, source),
+        device=device,
+    )
+
+
+def _spectrum(bases: LayerBases) -> dict[str, list[float]]:
+    """Singular values by rank, averaged over heads, relative to the largest."""
+    result: dict[str, list[float]] = {}
+    for part, basis in (("key", bases.key), ("value", bases.value)):
+        mean = basis.energy.sqrt().mean(0)
+        scale = float(mean.max()) or 1.0
+        result[part] = [float(f"{value / scale:.4g}") for value in mean.tolist()]
+    return result
 
 
 def _windows(options: Options, source: Source, corpus: Corpus, reporter: Reporter) -> Windows:

@@ -79,8 +79,10 @@ class Source:
             ) from error
 
 
-def open_source(model: str) -> Source:
+def open_source(model: str, *, with_weights: bool = True) -> Source:
     """Find a model by path or hub id and read its configuration.
+
+    Without weights only configuration and tokenizer are downloaded.
 
     Raises:
         InputError: it does not exist, cannot be downloaded, or its configuration is damaged.
@@ -89,7 +91,7 @@ def open_source(model: str) -> Source:
     folder = Path(model)
     local = folder.is_dir()
     if not local:
-        folder = _download(model)
+        folder = _download(model, with_weights)
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -163,7 +165,7 @@ class Weights:
         return self._prefix + stored
 
 
-def _download(model: str) -> Path:
+def _download(model: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -173,8 +175,9 @@ def _download(model: str) -> Path:
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or Path(model).exists():
         raise missing
     try:
-        folder = Path(snapshot_download(model, allow_patterns=list(_PATTERNS)))
-        if not any(folder.glob("*.safetensors")):
+        patterns = [name for name in _PATTERNS if with_weights or name != "*.safetensors"]
+        folder = Path(snapshot_download(model, allow_patterns=patterns))
+        if with_weights and not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(model, allow_patterns=[*_PATTERNS, "pytorch*.bin"]))
     except HFValidationError as error:
         raise missing from error
@@ -230,7 +233,7 @@ def _read(path: Path, stored: str) -> torch.Tensor:
         # Opened anew each time: a lasting map of the file would count as resident memory.
         with safe_open(path, framework="pt") as tensors:
             found: torch.Tensor = tensors.get_tensor(stored)
-            return found
+            return found.clone()  # aligned in memory as torch does it
     except Exception as error:
         raise InputError(f"{path} is damaged ({_first_line(error)}); download it again") from error
 

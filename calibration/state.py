@@ -13,9 +13,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from calibration.methods.base import Basis, LayerBases
 from calibration.ranks import ErrorCurve
@@ -62,20 +64,18 @@ class State:
 
         try:
             with safe_open(self._path(layer), framework="pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                # Cloned: the last bit of a product depends on how its factors lie in memory.
+                tensors = {
+                    name: stored.get_tensor(name).clone()
+                    for name in stored.keys()  # noqa: SIM118 - not a mapping
+                }
                 curve = json.loads(stored.metadata()["curve"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        bases = [
-            Basis(**{name: tensors[f"{part}.{name}"] for name in Basis.__dataclass_fields__})
-            for part in ("key", "value")
-        ]
-        return LayerResult(
-            LayerBases(*bases), ErrorCurve(tuple(curve["thresholds"]), tuple(curve["errors"]))
-        )
+        return _result(tensors, curve)
 
-    def save(self, layer: int, result: LayerResult) -> None:
-        """Keep a finished layer.
+    def save(self, layer: int, result: LayerResult) -> LayerResult:
+        """Keep a finished layer; returns it as `load` will.
 
         Raises:
             OutputError: the cache folder cannot be written.
@@ -83,13 +83,14 @@ class State:
         from safetensors.torch import save_file
 
         tensors = {
-            f"{part}.{name}": tensor.contiguous()
+            f"{part}.{name}": tensor.contiguous().clone()
             for part, basis in (("key", result.bases.key), ("value", result.bases.value))
             for name, tensor in basis.tensors().items()
         }
-        curve = {"thresholds": result.curve.thresholds, "errors": result.curve.errors}
+        curve = asdict(result.curve)
         with atomic_file(self._path(layer)) as path:
             save_file(tensors, path, metadata={"curve": json.dumps(curve)})
+        return _result(tensors, curve)
 
     def recall(self, name: str) -> Any:
         """A JSON value kept by an interrupted run, or None."""
@@ -113,6 +114,16 @@ class State:
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:04d}.safetensors"
+
+
+def _result(tensors: dict[str, torch.Tensor], curve: dict[str, Any]) -> LayerResult:
+    bases = [
+        Basis(**{name: tensors[f"{part}.{name}"] for name in Basis.__dataclass_fields__})
+        for part in ("key", "value")
+    ]
+    return LayerResult(
+        LayerBases(*bases), ErrorCurve(tuple(curve["thresholds"]), tuple(curve["errors"]))
+    )
 
 
 def cache_folder() -> Path:

@@ -23,7 +23,8 @@ from vllm_eigen.errors import InputError, OutputError, UsageError
 
 SPILL_LIMIT = 4 << 30
 """Bytes of activations kept in memory; larger sets are memory-mapped."""
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of one forward call, in whole windows."""
 
 
 class Skeleton:
@@ -41,9 +42,9 @@ class Skeleton:
     def __init__(self, source: Source, device: torch.device, *, eager: bool = True) -> None:
         self.source = source
         self.device = device
-        self.config = _auto_config(source)
+        self.config = auto_config(source)
         with torch.device("meta"):
-            self._model = _auto_model(self.config, eager)
+            self._model = auto_model(self.config, eager)
         self._model.eval()
         family = source.family
         self._decoder = self._model.get_submodule(family.decoder)
@@ -124,7 +125,7 @@ class Stream:
         spill_folder: Path | None = None,
     ) -> None:
         self._skeleton = skeleton
-        self._batch = max(1, _BATCH_TOKENS[skeleton.device.type] // tokens.shape[1])
+        self._batch = max(1, BATCH_TOKENS[skeleton.device.type] // tokens.shape[1])
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         shape = (*tokens.shape, skeleton.source.geometry.hidden_size)
         self.hidden = allocate(shape, spill_limit, spill_folder)
@@ -206,7 +207,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is visible; use --device cpu")
-    if name not in _BATCH_TOKENS:
+    if name not in BATCH_TOKENS:
         raise UsageError(f"--device {name} is unknown; choose cpu, cuda or auto")
     return torch.device(name)
 
@@ -230,7 +231,12 @@ class _Recorder(nn.Module):
         return (result, None) if self._tuple else result
 
 
-def _auto_config(source: Source) -> Any:
+def auto_config(source: Source) -> Any:
+    """The model's configuration as transformers reads it.
+
+    Raises:
+        InputError: it is not usable.
+    """
     from transformers import AutoConfig
 
     try:
@@ -240,7 +246,8 @@ def _auto_config(source: Source) -> Any:
         raise InputError(f"{source.folder}/config.json is not usable: {reason}") from error
 
 
-def _auto_model(config: Any, eager: bool) -> Any:
+def auto_model(config: Any, eager: bool) -> Any:
+    """A transformers model in float32, with the attention that gives its probabilities if eager."""
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config

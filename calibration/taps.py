@@ -26,7 +26,7 @@ def capture(
     layer: nn.Module, family: Family, geometry: Geometry, sink: Callable[[Batch], None]
 ) -> Iterator[None]:
     """While open, every forward of `layer` hands `sink` the batch its attention saw."""
-    attention = layer.get_submodule(family.attention)
+    attention: Any = layer.get_submodule(family.attention)
     seen: dict[str, Any] = {}
     o_proj: Any = attention.get_submodule(family.o_proj).weight.detach()
     o_proj = o_proj.reshape(o_proj.shape[0], -1, geometry.head_size)
@@ -111,7 +111,7 @@ def project(rows: torch.Tensor, maps: Maps) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _tapped(attention: nn.Module, family: Family, acts: Mapping[str, Act]) -> Iterator[None]:
+def _tapped(attention: Any, family: Family, acts: Mapping[str, Act]) -> Iterator[None]:
     """While open, call acts on query, key and value; what one returns takes their place."""
     paths = {
         "query": family.q_norm or family.q_proj,

@@ -6,6 +6,7 @@ base's own type, one at a time, into shards of bounded size.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from calibration.card import model_card
 from calibration.fold import fold, keep_apart, read_attention
 from calibration.methods.base import LayerBases
 from calibration.source import Source
+from calibration.tensorfile import TensorFile
 from vllm_eigen import checkpoint
-from vllm_eigen.checkpoint import FORMAT_VERSION, EigenConfig, LayerRanks
-from vllm_eigen.errors import OutputError
+from vllm_eigen.checkpoint import FORMAT_VERSION, EigenConfig, LayerRanks, tensor_shapes
 from vllm_eigen.families import KeyMode
 from vllm_eigen.files import atomic_directory
 
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 4 << 30
+DETAILS_FILE = "calibration.json"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "LICENSE*", "NOTICE*")
 _NOT_COPIED = ("config.json", "*.index.json", "*.safetensors", "*.bin", "provenance.json")
 
@@ -62,6 +62,7 @@ def write_checkpoint(
     bases: Sequence[LayerBases],
     output: Path,
     *,
+    details: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     step: Callable[[], None] = lambda: None,
@@ -70,6 +71,7 @@ def write_checkpoint(
 
     Args:
         bases: one per layer, truncated here to the ranks in `eigen`.
+        details: what reports draw on, kept beside the weights as `calibration.json`.
         shard_bytes: most bytes in one weight file.
         step: called once per tensor written.
 
@@ -85,14 +87,12 @@ def write_checkpoint(
             "eigen": eigen.model_dump(mode="json"),
         }
         _write_json(folder / "config.json", config)
+        if details is not None:
+            (folder / DETAILS_FILE).write_text(json.dumps(details) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(source, eigen), encoding="utf-8")
-        try:
-            _write_shards(folder, _tensors(source, eigen, bases), shard_bytes, step)
-        except SafetensorError as error:
-            reason = str(error).splitlines()[0]
-            raise OutputError(
-                f"cannot write {output}: {reason}; free space or choose another place"
-            ) from error
+        names = [name for name, _ in tensor_shapes(eigen, source.family, 1)]
+        names += [*source.weights, *(f"{name}.bias" for name in names)]
+        _write_shards(folder, _tensors(source, eigen, bases), names, shard_bytes, step)
         checkpoint.validate(folder)
 
 
@@ -124,38 +124,31 @@ def _tensors(
 def _write_shards(
     folder: Path,
     tensors: Iterator[tuple[str, torch.Tensor]],
+    names: list[str],
     shard_bytes: int,
     step: Callable[[], None],
 ) -> None:
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal size
-        path = folder / f"part-{len(shards)}"
-        save_file(pending, path, metadata={"format": "pt"})
-        path.chmod((folder / "config.json").stat().st_mode)  # safetensors makes it private
-        shards.append(list(pending))
-        pending.clear()
-        size = 0
-
-    for name, tensor in tensors:
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-        step()
-    flush()
+    shards: list[list[str]] = [[]]
+    total = 0
+    with contextlib.ExitStack() as stack:
+        shard = stack.enter_context(TensorFile(folder / "part-0", names))
+        for name, tensor in tensors:
+            if shards[-1] and shard.size + tensor.nbytes > shard_bytes:
+                stack.pop_all().close()
+                shard = stack.enter_context(TensorFile(folder / f"part-{len(shards)}", names))
+                shards.append([])
+            shard.add(name, tensor)
+            shards[-1].append(name)
+            total += tensor.nbytes
+            step()
     if len(shards) == 1:
         (folder / "part-0").rename(folder / "model.safetensors")
         return
     files: dict[str, str] = {}
-    for number, names in enumerate(shards):
+    for number, held in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{number}").rename(folder / file)
-        files.update(dict.fromkeys(names, file))
+        files.update(dict.fromkeys(held, file))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
 

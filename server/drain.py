@@ -1,12 +1,15 @@
 """An orderly end: refuse what is new, let what runs finish, and do not wait for ever.
 
-vLLM finishes running requests after SIGTERM (`--shutdown-timeout`), but answers new ones with
-status 200 and no text, and then waits without limit for connections that stay open.
+By itself vLLM, told to finish running requests after SIGTERM (`--shutdown-timeout`), does so only
+with a single API process, answers new requests with status 200 and no text, and then waits without
+limit for connections that stay open.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -36,14 +39,28 @@ class RefuseWhileDraining:
 
 
 def watch(engine_client: Any, state: Any) -> None:
-    """Note in `state` when vLLM tells its engine to drain; it offers no event for that."""
+    """Refuse new work, and wait for what runs, before vLLM shuts its engine client down.
+
+    vLLM offers no event for the beginning of its shutdown, and where several API processes share
+    an engine each of them drops its running requests at once. It calls `shutdown` in a thread, so
+    waiting there does not hold up the answers being waited for.
+    """
     shutdown = engine_client.shutdown
 
-    def noted(*args: Any, **options: Any) -> Any:
+    def drained(timeout: float | None = None) -> None:
         state.eigen_draining = True
-        return shutdown(*args, **options)
+        left = wait_idle(engine_client.get_num_unfinished_requests, timeout or 0.0)
+        shutdown(timeout=None if timeout is None else left)
 
-    engine_client.shutdown = noted
+    engine_client.shutdown = drained
+
+
+def wait_idle(unfinished: Callable[[], int], seconds: float) -> float:
+    """Block until no request is unfinished or the time is over; returns the seconds left."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0 and unfinished():
+        time.sleep(0.05)
+    return max(0.0, left)
 
 
 async def bound_shutdown(state: Any, seconds: int = CLOSE_SECONDS) -> None:

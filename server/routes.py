@@ -16,10 +16,24 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     503: {"model": KVCacheError, "description": "The engine reports no statistics"},
     "4XX": {"model": KVCacheError, "description": "The request is malformed"},
 }
+_EVENT = {
+    "type": "object",
+    "description": "One event; its data is a Sample",
+    "properties": {
+        "event": {"const": "sample"},
+        "id": {"type": "string", "description": "time of the sample"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/Sample"},
+        },
+    },
+    "required": ["event", "data"],
+}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Server-sent events `sample`; the data of each is a Sample as JSON",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "Server-sent events, one Sample each",
+        "content": {"text/event-stream": {"schema": _EVENT}},
     }
 }
 
@@ -87,7 +101,7 @@ async def _events(
     sample = monitor.latest()
     sent = 0
     while True:
-        yield f"event: sample\nid: {round(sample.time)}\ndata: {sample.model_dump_json()}\n\n"
+        yield f"event: sample\nid: {sample.time:.3f}\ndata: {sample.model_dump_json()}\n\n"
         sent += 1
         if sent == limit:
             return

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calibration.methods import DEFAULT, METHODS
 from vllm_eigen.errors import UsageError
 
 if TYPE_CHECKING:
+    from calibration.predict import Prediction
     from calibration.text import Corpus
 
 HELP = "compress a model's KV cache: calibrate, fold, write a checkpoint"
@@ -55,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--resume", action="store_true", help="take up an interrupted run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only predict size, memory, disk and time"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
 
@@ -87,19 +91,51 @@ def corpus_of(args: argparse.Namespace, default_split: str = "train") -> Callabl
     return partial(read_dataset, name, config, args.split or default_split)
 
 
+def _record(arguments: Sequence[str]) -> dict[str, Any]:
+    """Provenance that is the same for every run that must give the same bytes.
+
+    Not in it: the time, where the result goes, and whether an interrupted run was taken up.
+    """
+    from vllm_eigen.provenance import collect
+
+    kept: list[str] = []
+    skip = False
+    for item in arguments:
+        name, _, value = item.partition("=")
+        if not skip and name not in ("--output", "--overwrite", "--resume", "--quiet"):
+            kept.append(item)
+        skip = name == "--output" and not value
+    record = collect(["vllm-eigen", *kept])
+    del record["date"]
+    return record
+
+
+def _print_prediction(found: Prediction) -> None:
+    def number(value: float | None, form: str) -> str:
+        return "as the error budget decides" if value is None else form.format(value)
+
+    print(f"KV ratio        {number(found.kv_ratio, '{:.4f}')}")
+    print(f"bytes a token   {number(found.bytes_per_token, '{:,}')}", end="")
+    print(f" of {found.uncompressed_bytes_per_token:,}")
+    print(f"tokens per GiB  {number(found.tokens_per_gib, '{:,}')}")
+    print(f"peak memory     {found.peak_memory_bytes / 2**30:.2f} GiB")
+    print(f"disk            {found.disk_bytes / 2**30:.2f} GiB")
+    print(f"time            about {found.seconds:.0f} s")
+
+
 def run(args: argparse.Namespace) -> int:
     """Calibrate; prints one line about the result."""
     from calibration.interrupt import terminate_as_interrupt
     from calibration.options import Options
-    from calibration.pipeline import calibrate
+    from calibration.pipeline import calibrate, foresee
     from calibration.progress import Reporter
-    from vllm_eigen.provenance import collect
 
+    reporter = Reporter(quiet=args.quiet)
     options = Options(
         model=args.model,
         output=args.output,
         corpus=corpus_of(args),
-        provenance=collect(),
+        provenance=_record(sys.argv[1:]),
         kv_ratio=args.kv_ratio,
         error_budget=args.error_budget,
         ranks=args.ranks,
@@ -113,7 +149,10 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         resume=args.resume,
     )
-    with terminate_as_interrupt(), Reporter(quiet=args.quiet) as reporter:
+    if args.dry_run:
+        _print_prediction(foresee(options))
+        return 0
+    with terminate_as_interrupt(), reporter:
         eigen = calibrate(options, reporter)
     if not args.quiet:
         print(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from calibration.commands.calibrate import add_text_arguments, corpus_of
 
@@ -17,6 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     parser.add_argument("--base", metavar="MODEL", help="base model (default: as recorded)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens")
+    parser.add_argument(
+        "--tasks", nargs="+", type=Path, metavar="FILE", help="jsonl of ctx, choices, gold"
+    )
+    parser.add_argument("--task-limit", type=int, metavar="N", help="questions of each task")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON only")
 
@@ -32,16 +38,19 @@ def run(args: argparse.Namespace) -> int:
     validate(args.checkpoint)
     corpus = corpus_of(args, default_split="test")()
     with terminate_as_interrupt(), Reporter(quiet=args.json) as reporter:
-        quality, eigen = evaluate(
+        found = evaluate(
             args.checkpoint,
             corpus,
             base=args.base,
             device=pick_device(args.device),
             reporter=reporter,
             max_tokens=args.max_tokens,
+            tasks=args.tasks or (),
+            task_limit=args.task_limit,
         )
+    quality, eigen = found.quality, found.eigen
     if args.json:
-        result = {
+        result: dict[str, Any] = {
             "base": {"perplexity": quality.base_perplexity},
             "eigen": {"perplexity": quality.eigen_perplexity},
             "kv_ratio": eigen.kv_ratio,
@@ -49,6 +58,11 @@ def run(args: argparse.Namespace) -> int:
             "kl_per_token": quality.kl_per_token,
             "tokens": quality.tokens,
         }
+        if found.tasks:
+            result["tasks"] = {
+                name: {"base": asdict(base), "eigen": asdict(compressed)}
+                for name, (base, compressed) in found.tasks.items()
+            }
         print(json.dumps(result, indent=2))
         return 0
     change = quality.eigen_perplexity / quality.base_perplexity - 1
@@ -58,4 +72,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"KL a token      {quality.kl_per_token:.5f} nats")
     print(f"KV ratio        {eigen.kv_ratio:.4f}")
     print(f"tokens          {quality.tokens}, offline in transformers, float32")
+    for name, (base, compressed) in found.tasks.items():
+        print(
+            f"{name:<15} acc {base.acc:.3f} -> {compressed.acc:.3f}, "
+            f"acc_norm {base.acc_norm:.3f} -> {compressed.acc_norm:.3f}"
+        )
     return 0

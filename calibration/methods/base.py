@@ -11,9 +11,10 @@ head may serve `head_group` neighbouring KV heads, whose keys are then concatena
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -156,12 +157,15 @@ class Basis:
             latent_size]; the thresholds of Algorithm 1 apply to its square root.
         loss: predicted loss at rank r in any unit comparable between the layers and between K and
             V of this method, [latent_size + 1], non-increasing, `loss[latent_size] = 0`.
+        mixed: scalar bool, whether truncated latents are rotated so that all are alike, which
+            suits a quantized cache and changes nothing else.
     """
 
     encoder: torch.Tensor
     decoder: torch.Tensor
     energy: torch.Tensor
     loss: torch.Tensor
+    mixed: torch.Tensor = field(default_factory=lambda: torch.tensor(False))
 
     @property
     def full_rank(self) -> int:
@@ -177,7 +181,11 @@ class Basis:
         if rank == self.full_rank:
             unit = torch.eye(rank, dtype=self.encoder.dtype).expand_as(self.encoder).contiguous()
             return unit, unit
-        return self.encoder[:, :, :rank], self.decoder[:, :rank, :]
+        encoder, decoder = self.encoder[:, :, :rank], self.decoder[:, :rank, :]
+        if not self.mixed:
+            return encoder, decoder
+        rotation = hartley(rank).to(encoder)
+        return encoder @ rotation, rotation @ decoder
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fields by name, for storage between the stages of a calibration."""
@@ -186,6 +194,7 @@ class Basis:
             "decoder": self.decoder,
             "energy": self.energy,
             "loss": self.loss,
+            "mixed": self.mixed,
         }
 
 
@@ -239,6 +248,16 @@ def orthogonal_basis(moment: torch.Tensor) -> Basis:
     energy = energy.flip(-1).clamp(min=0)
     encoder = vectors.flip(-1)
     return Basis(encoder, encoder.mT.contiguous(), energy, tail_loss(energy))
+
+
+def hartley(size: int) -> torch.Tensor:
+    """The discrete Hartley transform, float64 [size, size]: symmetric, its own inverse.
+
+    Every row takes about equally much of every direction.
+    """
+    index = torch.arange(size, dtype=torch.float64)
+    angle = 2 * math.pi / size * torch.outer(index, index)
+    return (angle.cos() + angle.sin()) / math.sqrt(size)
 
 
 def tail_loss(energy: torch.Tensor) -> torch.Tensor:

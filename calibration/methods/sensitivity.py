@@ -28,6 +28,8 @@ from vllm_eigen.families import KeyMode
 
 FLOOR = 1e-9
 """Smallest eigenvalue of a metric relative to its largest: what S ignores stays recoverable."""
+SCALE_FLOOR = 1e-8
+"""Smallest energy of a direction relative to the largest, where latents are scaled by it."""
 
 
 class Sensitivity(Method):
@@ -59,8 +61,10 @@ class Sensitivity(Method):
 def oblique_basis(moment: torch.Tensor, metric: torch.Tensor) -> Basis:
     """The nested maps that minimise tr (1 - ED)^T C (1 - ED) S at every rank.
 
-    Columns of the encoder have unit length, so that latents are of the size of what they encode
-    and suit any cache type.
+    Latents are scaled for a quantized cache. Rounding that is relative to the size of a latent
+    costs sum_j (A^T L A)_jj (A^-1 A^-T)_jj in the metric S when the latents are k' A. By Cauchy
+    and Schwarz that is least, (tr L^{1/2})^2 / r, for A = L^{-1/4} and a rotation that makes all
+    latents alike (`Basis.mixed`); unscaled it is tr L. Overall they are as large as the keys.
 
     Args:
         moment: C, symmetric positive semi-definite, [num_latent_heads, latent_size, latent_size].
@@ -69,9 +73,17 @@ def oblique_basis(moment: torch.Tensor, metric: torch.Tensor) -> Basis:
     root, inverse = _roots(metric)
     energy, vectors = torch.linalg.eigh(_symmetric(root @ moment @ root))
     energy, vectors = energy.flip(-1).clamp(min=0), vectors.flip(-1)
-    encoder, decoder = root @ vectors, vectors.mT @ inverse
-    length = torch.linalg.vector_norm(encoder, dim=-2, keepdim=True)
-    return Basis(encoder / length, decoder * length.mT, energy, tail_loss(energy))
+    largest = energy[..., :1]
+    spread = torch.where(largest > 0, (energy / largest).clamp(min=SCALE_FLOOR), 1.0) ** 0.25
+    encoder = root @ vectors / spread[..., None, :]
+    # Latents as large as what they encode, on average over all directions.
+    size = ((moment @ encoder) * encoder).sum((-2, -1), keepdim=True)
+    target = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    scale = torch.where((size > 0) & (target > 0), target / size, 1.0).sqrt()
+    decoder = spread[..., :, None] * vectors.mT @ inverse
+    return Basis(
+        encoder * scale, decoder / scale, energy, tail_loss(energy), mixed=torch.tensor(True)
+    )
 
 
 def _roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,9 +91,10 @@ def make(case: Case) -> Problem:
     if case.rebuild:
         heads = case.num_kv_heads * case.group
         positions = max(lengths) + 3
-        angles = torch.arange(positions)[:, None] * torch.rand(
-            case.rotary_dim // 2, generator=rng
-        ).double()
+        angles = (
+            torch.arange(positions)[:, None]
+            * torch.rand(case.rotary_dim // 2, generator=rng).double()
+        )
         cos, sin = angles.cos().to(case.dtype), angles.sin().to(case.dtype)
         rotary = (cos.double().numpy(), sin.double().numpy())
         rebuild = Rebuild(
@@ -171,9 +172,11 @@ def run(kernels: Kernels, problem: Problem, *, free_outside_window: bool = False
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory in which every number reads as NaN."""
     size = dtype.itemsize
-    return torch.full((*shape[:-1], shape[-1] * size), 0x7F, dtype=torch.uint8).fill_(
-        0x7F if size == 1 else 0xFF
-    ).view(dtype)
+    return (
+        torch.full((*shape[:-1], shape[-1] * size), 0x7F, dtype=torch.uint8)
+        .fill_(0x7F if size == 1 else 0xFF)
+        .view(dtype)
+    )
 
 
 def expected(problem: Problem) -> Array:

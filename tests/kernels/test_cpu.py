@@ -80,9 +80,7 @@ def test_fp8_saturates() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rebuild", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_row_depends_on_its_sequence_alone(
-    isa: str, rebuild: bool, dtype: torch.dtype
-) -> None:
+def test_a_row_depends_on_its_sequence_alone(isa: str, rebuild: bool, dtype: torch.dtype) -> None:
     """Bit-identical alone or in a batch, with one thread or two, prompt whole or in chunks."""
     case = Case(
         num_kv_heads=2,

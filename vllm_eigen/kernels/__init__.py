@@ -1,7 +1,7 @@
 """Attention over a paged cache of low-rank latents; see README.md in this folder.
 
-`load("cpu")` gives the C++ kernels, `load("reference")` the plain PyTorch ones; both satisfy
-`Kernels` and compute the same thing. Nothing here imports vLLM.
+`load("cpu")` gives the C++ kernels, `load("gpu")` the Triton ones, `load("reference")` those in
+plain PyTorch; all satisfy `Kernels` and compute the same thing. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .interface import Kernels, Rebuild, ScoreOptions
 
 __all__ = ["NAMES", "Kernels", "Rebuild", "ScoreOptions", "load"]
 
-NAMES = ("reference", "cpu")
+NAMES = ("reference", "cpu", "gpu")
 
 
 def load(name: str) -> Kernels:
@@ -29,4 +29,11 @@ def load(name: str) -> Kernels:
         from .cpu import CpuKernels
 
         return CpuKernels()
+    if name == "gpu":
+        try:
+            from .gpu import GpuKernels
+        except ImportError as error:
+            raise KernelError(f"the gpu kernels need Triton: {error}") from error
+
+        return GpuKernels()
     raise KernelError(f"unknown kernels {name!r}; choose one of {', '.join(NAMES)}")

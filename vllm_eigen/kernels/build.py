@@ -36,7 +36,8 @@ ISA_LEVELS: dict[str, tuple[str, ...]] = {
     "portable": (),
 }
 COMPILE_FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno"),
+    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-ffp-contract=off"),
     *("-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"),
 )
 

@@ -32,9 +32,9 @@ struct Bfloat16 {
 #if defined(__AVX512BF16__)
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-    sum += (F)(a << 16) * (F)(b << 16);
+    sum = fma((F)(a << 16), (F)(b << 16), sum);
     const I high = I{} + static_cast<int32_t>(0xffff0000);
-    return sum + (F)(a & high) * (F)(b & high);
+    return fma((F)(a & high), (F)(b & high), sum);
 #endif
   }
   static EIGEN_INLINE F widen(const Storage* p) { return float_of_bf16(eigen::load<H>(p)); }
@@ -57,7 +57,7 @@ struct Widened {
     std::memcpy(&x, &unit, 4);
     return splat(x);
   }
-  static EIGEN_INLINE F dot(F sum, F a, F b) { return sum + a * b; }
+  static EIGEN_INLINE F dot(F sum, F a, F b) { return fma(a, b, sum); }
 };
 
 struct Float32 : Widened<float> {

@@ -25,7 +25,7 @@ from .interface import FP8_DTYPES, Rebuild, ScoreOptions
 from .triton_attend import attend_tile, merge_splits
 from .triton_interpreter import repair_interpreter
 from .triton_rebuild import FAR_STEP, PackedRebuild, pack, padded_planes
-from .triton_tiles import HOPPER_SHARED_BYTES, Shape, Tile, Tuning, fit, rank_chunks
+from .triton_tiles import HOPPER_SHARED_BYTES, Shape, Tile, Tuning, fit, fit_decode, rank_chunks
 from .triton_write import write_latents
 
 MAX_RANK = 256
@@ -150,10 +150,10 @@ class GpuKernels:
         longest = min(width, max_seq_len or width)
         split_size = self._split_size(width)
         tuning = self.tuning
-        decode = tuning.decode if rebuild is None else tuning.decode_rebuild
-        decode = fit(decode, shape.heads_per_latent, shape, self._shared_bytes)
+        decode, decode_heads = fit_decode(tuning, shape, self._shared_bytes)
         prefill = fit(tuning.prefill, shape.heads_per_rebuilt, shape, self._shared_bytes)
-        max_decode = decode.block_m // shape.heads_per_latent
+        max_decode = min(tuning.max_decode, decode.block_m // decode_heads)
+        num_slots = min(max_decode, longest_query)
         seen = longest
         if options.sliding_window is not None:
             # Wherever they begin, the keys of a window touch at most one split more.
@@ -164,11 +164,11 @@ class GpuKernels:
         is_fp8 = pages.dtype in FP8_DTYPES
         k_head, k_tail = rank_chunks(shape.rank_k)
         v_head, v_tail = rank_chunks(shape.rank_v)
-        partials = _Partials.allocate(query, num_splits, v_head + v_tail)
+        rows = (num_seqs, num_slots, shape.num_heads, num_splits) if num_splits > 1 else (0,)
+        partials = _Partials.allocate(rows, v_head + v_tail, query.device)
 
         def launch(tile: Tile, is_decode: bool) -> None:
-            # Decode reads a latent once for all its heads; prefill spreads rebuilt heads out.
-            heads = shape.heads_per_latent if is_decode else shape.heads_per_rebuilt
+            heads = decode_heads if is_decode else shape.heads_per_rebuilt
             blocks = num_seqs if is_decode else num_tokens // (tile.block_m // heads) + num_seqs
             relative = is_decode and tuning.relative_rotation and packed is not None
             relative = relative and packed is not None and packed.near is not None
@@ -189,6 +189,7 @@ class GpuKernels:
                 packed.far if packed else None,
                 packed.table if packed else None,
                 num_seqs,
+                num_slots,
                 num_splits,
                 split_size,
                 query.stride(0),
@@ -243,6 +244,7 @@ class GpuKernels:
                 partials.totals,
                 query_start_loc,
                 seq_lens,
+                num_slots,
                 num_splits,
                 split_size,
                 output.stride(0),
@@ -268,18 +270,17 @@ class GpuKernels:
 
 @dataclass(frozen=True)
 class _Partials:
-    """Float32 scratch of the splits: peaks, totals `[num_tokens, num_heads, num_splits]`, sums."""
+    """Float32 scratch of `attend_tile`, one row a (sequence, query, head, split)."""
 
     sums: torch.Tensor
     peaks: torch.Tensor
     totals: torch.Tensor
 
     @classmethod
-    def allocate(cls, query: torch.Tensor, num_splits: int, width: int) -> _Partials:
-        """Room for every (token, head, split) of a batch."""
-        rows = (*query.shape[:2], num_splits) if num_splits > 1 else (0,)
-        options: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-        return cls(*(torch.empty(size, **options) for size in ((*rows, width), rows, rows)))
+    def allocate(cls, rows: tuple[int, ...], width: int, device: torch.device) -> _Partials:
+        """Uninitialised `[*rows, width]`, `rows` and `rows`."""
+        sizes = (*rows, width), rows, rows
+        return cls(*(torch.empty(size, dtype=torch.float32, device=device) for size in sizes))
 
 
 def _check(

@@ -14,7 +14,6 @@ import torch
 FP8_DTYPES = (torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-
 @dataclass(frozen=True)
 class ScoreOptions:
     """How a raw dot product becomes a softmax logit.

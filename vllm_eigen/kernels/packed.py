@@ -38,9 +38,7 @@ class PackedRebuild:
     positions: int
 
 
-_packed: weakref.WeakKeyDictionary[Rebuild, dict[bool, PackedRebuild]] = (
-    weakref.WeakKeyDictionary()
-)
+_packed: weakref.WeakKeyDictionary[Rebuild, dict[bool, PackedRebuild]] = weakref.WeakKeyDictionary()
 
 
 def pack(rebuild: Rebuild, pairs: bool) -> PackedRebuild:

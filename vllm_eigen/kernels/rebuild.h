@@ -39,7 +39,8 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
     const float y_offset = offset ? offset[2 * (plane + p) + 1] : 0.0f;
     auto* out = keys + (plane + p) * (2 / pack) * row_stride;
     EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
-      const F x = c[2 * p][v] * k_scale + x_offset, y = c[2 * p + 1][v] * k_scale + y_offset;
+      const F x = fma(c[2 * p][v], splat(k_scale), splat(x_offset));
+      const F y = fma(c[2 * p + 1][v], splat(k_scale), splat(y_offset));
       F turned_x = x, turned_y = y;
       if (plane + p < a.rotary_planes) {
         const int64_t at = position + v * W;
@@ -47,8 +48,8 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
                              + (at / kTableTokens * a.rotary_planes + plane + p) * 2
                                    * kTableTokens;
         const F cos = load<F>(table), sin = load<F>(table + kTableTokens);
-        turned_x = x * cos - y * sin;
-        turned_y = y * cos + x * sin;
+        turned_x = fma(x, cos, -(y * sin));
+        turned_y = fma(y, cos, x * sin);
       }
       E::Rebuilt::store_plane(turned_x, turned_y, out + v * W * pack, row_stride);
     }

@@ -67,7 +67,7 @@ class ReferenceKernels:
             if rows.stop <= rows.start or seq_len <= 0:
                 continue
             latents = _gather(kv_cache, block_table[i], seq_len).to(exact)
-            keys, values = latents.split([rank_k, rank_v], dim=-1)  # [num_kv_heads, seq_len, rank]
+            keys, values = latents[..., :rank_k], latents[..., rank_k:]
             if is_fp8:
                 keys, values = keys * k_scale, values * v_scale
             if rebuild is not None:

@@ -43,7 +43,7 @@ EIGEN_INLINE RowState weigh(const RowScores& row, float* scores, uint32_t* weigh
       const I at = iota() + t;
       F x = load<F>(scores + t) * to_log2;
       if (cap != 0.0f) x = tanh(x) * cap;
-      if (slope != 0.0f) x = x + __builtin_convertvector(at - row.query_at, F) * slope;
+      if (slope != 0.0f) x = fma(__builtin_convertvector(at - row.query_at, F), splat(slope), x);
       x = select((at >= row.first) & (at < row.last), x, splat(kMasked));
       best = max(best, x);
       store(scores + t, x);
@@ -82,7 +82,7 @@ EIGEN_INLINE void merge(RowState& total, float* values, const RowState& part,
   total.max = best;
   total.sum = total.sum * keep + part.sum * add;
   for (int d = 0; d < padded; d += W)
-    store(values + d, load<F>(values + d) * keep + load<F>(part_values + d) * add);
+    store(values + d, fma(load<F>(values + d), splat(keep), load<F>(part_values + d) * add));
 }
 
 }  // namespace eigen

@@ -17,7 +17,7 @@ from .triton_rebuild import add_rebuilt_scores, add_scores, load_basis, rotate
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_splits", "split_size"])
+@triton.jit(do_not_specialize=["num_seqs", "num_slots", "num_splits", "split_size"])
 def attend_tile(
     query,
     cache,
@@ -35,6 +35,7 @@ def attend_tile(
     far,
     rotary_table,
     num_seqs,
+    num_slots,
     num_splits,
     split_size,
     query_stride_token,
@@ -82,8 +83,9 @@ def attend_tile(
     query `[num_tokens, num_heads, head_size or rank_k]`, output `[num_tokens, num_heads, rank_v]`,
     cache as in `Kernels`. Program (tile of heads + number of such tiles * tile of tokens, split).
     Decode covers sequences of at most max_decode queries, prefill (one split) the longer ones.
-    partial `[num_tokens, num_heads, num_splits, v_head + v_tail]`, partial_max and partial_sum
-    `[num_tokens, num_heads, num_splits]` receive float32 sums where a sequence has several splits.
+    partial `[num_seqs, num_slots, num_heads, num_splits, v_head + v_tail]`, partial_max and
+    partial_sum without the last dimension receive the float32 sums of sequences of several splits;
+    num_slots is what a decoded sequence may have of queries.
     """
     block_q: tl.constexpr = block_m // heads_per_tile
     width_k: tl.constexpr = rank_k + rank_v
@@ -290,7 +292,8 @@ def attend_tile(
                 mask=live & (dim_v_tail < rank_v),
             )
     elif is_decode:
-        slot = (token * num_heads + head) * num_splits + split
+        slot = (sequence.to(tl.int64) * num_slots + row_query) * num_heads + head
+        slot = slot * num_splits + split
         tl.store(partial_max + slot, highest, mask=row_live)
         tl.store(partial_sum + slot, total, mask=row_live)
         sums = partial + slot[:, None] * (v_head + v_tail)
@@ -299,7 +302,7 @@ def attend_tile(
             tl.store(sums + dim_v_tail, result_tail, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_splits", "split_size"])
+@triton.jit(do_not_specialize=["num_slots", "num_splits", "split_size"])
 def merge_splits(
     output,
     partial,
@@ -307,6 +310,7 @@ def merge_splits(
     partial_sum,
     query_start_loc,
     seq_lens,
+    num_slots,
     num_splits,
     split_size,
     output_stride_token,
@@ -341,7 +345,7 @@ def merge_splits(
     dim = tl.arange(0, block_v)
     for query in range(num_queries):
         token = (first_token + query).to(tl.int64)
-        slot = (token * num_heads + head) * num_splits
+        slot = ((sequence.to(tl.int64) * num_slots + query) * num_heads + head) * num_splits
         highest = tl.full([], float("-inf"), tl.float32)
         for first in range(0, live_splits, block_splits):
             split = first + tl.arange(0, block_splits)

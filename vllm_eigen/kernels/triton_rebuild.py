@@ -52,7 +52,7 @@ class PackedRebuild:
 def padded_planes(rebuild: Rebuild) -> tuple[int, int]:
     """`half` and `rest` of a packed rebuild."""
     head_size = rebuild.key_basis.shape[2]
-    return padded(rebuild.rotary_dim // 2), padded(head_size - rebuild.rotary_dim)
+    return max(MIN_DOT, padded(rebuild.rotary_dim // 2)), padded(head_size - rebuild.rotary_dim)
 
 
 def pack(rebuild: Rebuild, dtype: torch.dtype) -> PackedRebuild:
@@ -101,7 +101,7 @@ def _pad_table(table: torch.Tensor, rows: int, half: int) -> torch.Tensor:
 
 def _is_rotation(table: torch.Tensor) -> bool:
     """Whether rows turn by equal angles a position, so that the parts of a position compose."""
-    if table.dtype != torch.float32:
+    if table.dtype != torch.float32 or table.numel() == 0:
         return False
     cos, sin = table.chunk(2, dim=-1)
     # An odd stride meets every offset within a tile.

@@ -38,17 +38,22 @@ class Tile:
 class Tuning:
     """What to measure on a new GPU; a tile grows where one token has more heads than block_m.
 
+    max_decode: the most queries a sequence may have to be decoded rather than prefilled.
     decode_split: the fewest keys a split holds. Long contexts take larger splits, by the width of
         the block table, which an engine never changes.
     relative_rotation: in decode, split positions into tile start and offset where the rotary table
         allows.
+    share_latents: one decode program serves all rebuilt heads of a latent head, so that a latent
+        is read once; otherwise neighbouring programs find it in the cache.
     """
 
     decode: Tile = Tile(16, 64, 4, 3, swap=True)
     decode_rebuild: Tile = Tile(16, 64, 4, 5, swap=True)
     prefill: Tile = Tile(128, 64, 8, 3, swap=False)
+    max_decode: int = 4
     decode_split: int = 512
     relative_rotation: bool = True
+    share_latents: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,18 +119,34 @@ def fit(tile: Tile, heads: int, shape: Shape, shared_bytes: int) -> Tile:
     return tile
 
 
+@lru_cache(maxsize=256)
+def fit_decode(tuning: Tuning, shape: Shape, shared_bytes: int) -> tuple[Tile, int]:
+    """The decode tile, and how many heads it serves: a latent head's, or a rebuilt head's.
+
+    Raises KernelError as `fit` does.
+    """
+    tile = tuning.decode_rebuild if shape.columns else tuning.decode
+    if tuning.share_latents:
+        try:
+            return fit(tile, shape.heads_per_latent, shape, shared_bytes), shape.heads_per_latent
+        except KernelError:
+            # The bases of the whole group do not fit at once.
+            pass
+    return fit(tile, shape.heads_per_rebuilt, shape, shared_bytes), shape.heads_per_rebuilt
+
+
 def _shared_bytes(tile: Tile, heads: int, shape: Shape) -> int:
     """Roughly what Triton 3.6 to 3.9 takes for a program on Hopper, from above."""
     rank_k, rank_v = sum(rank_chunks(shape.rank_k)), sum(rank_chunks(shape.rank_v))
     in_flight = 1 + max(min(tile.num_stages - 1, 1), (tile.num_stages - 1) // 2)
     latents = in_flight * tile.block_n * (rank_k + rank_v) * shape.cached_size
-    if shape.cached_size != shape.element_size:
+    if shape.cached_size != shape.element_size or shape.element_size == 4:
+        # Once more as the operand of a product: dequantised, or float32 in three tf32 parts.
         latents += tile.block_n * (rank_k + rank_v) * shape.element_size
     rebuilt = 0
     if shape.columns:
-        # One head's basis stays; a group's are staged.
-        copies = 1 if heads <= shape.heads_per_rebuilt else 3
-        rebuilt = copies * rank_k * shape.columns * shape.element_size
+        bases = heads // shape.heads_per_rebuilt
+        rebuilt = bases * rank_k * shape.columns * shape.element_size
         if not tile.swap:
             # Keys on their way from one product to the next, and cosines and sines in float32.
             rebuilt += tile.block_n * shape.columns * (shape.element_size + 4 * in_flight)

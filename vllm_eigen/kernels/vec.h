@@ -62,6 +62,18 @@ EIGEN_INLINE V load_first(const void* p, int n) {
 
 EIGEN_INLINE F splat(float x) { return F{} + x; }
 
+// a * b + c. The compiler is told not to fuse on its own (build.py): which of two products it
+// would fuse may differ from place to place, and with it the last bit.
+EIGEN_INLINE F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 EIGEN_INLINE I iota() {
   I v;
   for (int i = 0; i < W; ++i) v[i] = i;
@@ -106,12 +118,12 @@ EIGEN_INLINE F exp2(F x) {
   const F f = bounded - (shifted - magic);
 #endif
   F p = splat(1.535336188319500e-4f);
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
+  p = fma(p, f, splat(1.339887440266574e-3f));
+  p = fma(p, f, splat(9.618437357674640e-3f));
+  p = fma(p, f, splat(5.550332471162809e-2f));
+  p = fma(p, f, splat(2.402264791363012e-1f));
+  p = fma(p, f, splat(6.931472028550421e-1f));
+  p = fma(p, f, splat(1.0f));
 #if defined(__AVX512F__)
   return (F)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else

@@ -17,7 +17,7 @@ from calibration.attention_moments import (
     value_gradient,
 )
 from calibration.methods import get_method
-from calibration.methods.base import Batch, Layer
+from calibration.methods.base import Batch, Layer, hartley
 from calibration.methods.sensitivity import FLOOR, oblique_basis
 from calibration.moments import Accumulator, rotate
 from vllm_eigen.families import Geometry
@@ -56,8 +56,54 @@ def test_oblique_bases_lose_what_the_best_low_rank_map_loses(
         np.testing.assert_allclose(
             basis.energy[head].numpy(), singular**2, atol=1e-6 * (singular[0] ** 2 + 1e-300)
         )
-        lengths = torch.linalg.vector_norm(basis.encoder[head], dim=0)
-        torch.testing.assert_close(lengths, torch.ones_like(lengths))
+
+
+def test_latents_are_alike_and_as_large_as_what_they_encode() -> None:
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(2, 99, 8, generator=generator, dtype=torch.float64)
+    key = key * torch.logspace(0, -3, 8, dtype=torch.float64)
+    seen = 1e-7 * torch.randn(2, 50, 8, generator=generator, dtype=torch.float64)
+    basis = oblique_basis(key.mT @ key / 99, seen.mT @ seen)
+    for rank in range(2, 8):
+        encoder, decoder = basis.at(rank)
+        plain = basis.encoder[:, :, :rank] @ basis.decoder[:, :rank]
+        torch.testing.assert_close(encoder @ decoder, plain)
+        power = (key @ encoder).square().mean(1)
+        assert bool((power <= 2.1 * power.mean(1, keepdim=True)).all())
+        assert bool((power >= 0.02 * power.mean(1, keepdim=True)).all())
+        ratio = power.mean(1) / key.square().mean((1, 2))
+        assert bool(((ratio > 0.5) & (ratio < 50)).all())
+
+
+@settings(max_examples=20, deadline=None)
+@given(rank=st.integers(1, 40))
+def test_hartley_is_its_own_inverse(rank: int) -> None:
+    transform = hartley(rank)
+    torch.testing.assert_close(transform @ transform, torch.eye(rank, dtype=torch.float64))
+
+
+def test_rounding_to_fp8_costs_less_than_without_mixing() -> None:
+    """The closed form's claim: (tr L^{1/2})^2 / r instead of tr L."""
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(1, 4000, 16, generator=generator, dtype=torch.float64)
+    key = key * torch.logspace(1, -2, 16, dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))
+    key = key @ turn
+    seen = torch.randn(1, 50, 16, generator=generator, dtype=torch.float64)
+    moment, metric = key.mT @ key / 4000, seen.mT @ seen
+    basis = oblique_basis(moment, metric)
+
+    def rounding(encoder: torch.Tensor, decoder: torch.Tensor) -> float:
+        latent = key @ encoder
+        error = (latent.to(torch.float8_e4m3fn).double() - latent) @ decoder @ seen.mT
+        return float(error.square().sum())
+
+    energy = basis.energy[0, :8]
+    expected = energy.sqrt().sum() ** 2 / 8 / energy.sum()
+    plain = rounding(basis.encoder[:, :, :8], basis.decoder[:, :8])
+    found = rounding(*basis.at(8)) / plain
+    assert expected < 0.6
+    assert found == pytest.approx(float(expected), rel=0.4)
 
 
 @pytest.mark.parametrize("kind", ["zero", "one token", "flat metric", "blind metric"])
@@ -78,7 +124,7 @@ def test_degenerate_sums_give_finite_exact_maps(kind: str) -> None:
     for tensor in basis.tensors().values():
         assert bool(torch.isfinite(tensor).all())
     product = (basis.encoder.float() @ basis.decoder.float())[0]
-    torch.testing.assert_close(product, torch.eye(6), atol=1e-2, rtol=0)
+    torch.testing.assert_close(product, torch.eye(6), atol=5e-2, rtol=0)
     encoder, decoder = basis.at(6)
     torch.testing.assert_close((encoder @ decoder)[0], torch.eye(6, dtype=torch.float64))
     if kind == "flat metric":

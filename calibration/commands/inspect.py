@@ -1,0 +1,80 @@
+"""`vllm-eigen inspect`: the rank table of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_eigen.checkpoint import EigenConfig
+
+HELP = "show a checkpoint's ranks, KV bytes and how it was made"
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="Eigen checkpoint")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Validate the checkpoint and print its table."""
+    from vllm_eigen.checkpoint import read_config, validate
+
+    eigen = validate(args.checkpoint)
+    config, _ = read_config(args.checkpoint)
+    summary = summarise(config, eigen)
+    if args.json:
+        print(json.dumps(summary, indent=2))
+        return 0
+    base = eigen.provenance.get("base", {}).get("name", "unknown")
+    print(f"base            {base} ({config['architectures'][0]})")
+    print(f"method          {eigen.method}, key cache {eigen.key_mode}")
+    print(f"heads           {eigen.num_heads} query, {eigen.num_kv_heads} KV of {eigen.head_size}")
+    print(f"cached heads    {eigen.num_latent_heads} of {eigen.head_size * eigen.head_group}")
+    print(f"KV ratio        {eigen.kv_ratio:.4f}")
+    print(f"bytes a token   {summary['bytes_per_token']:,}", end="")
+    print(f" of {summary['uncompressed_bytes_per_token']:,} ({summary['dtype']})")
+    print(f"tokens per GiB  {summary['tokens_per_gib']:,}")
+    print()
+    print("layer  rank K  rank V  ratio")
+    for layer in summary["layers"]:
+        ratio = f"{layer['kv_ratio']:.3f}"
+        print(f"{layer['layer']:5}  {layer['rank_k']:6}  {layer['rank_v']:6}  {ratio}")
+    return 0
+
+
+def summarise(config: dict[str, Any], eigen: EigenConfig) -> dict[str, Any]:
+    """What the command prints, JSON-ready; bytes at the checkpoint's own element type."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+    size = _BYTES.get(dtype, 2)
+    full = eigen.head_size * eigen.head_group
+    per_token = eigen.elements_per_token * size
+    return {
+        "architecture": config["architectures"][0],
+        "method": eigen.method,
+        "key_mode": eigen.key_mode,
+        "projections": eigen.projections,
+        "head_group": eigen.head_group,
+        "num_latent_heads": eigen.num_latent_heads,
+        "full_rank": full,
+        "kv_ratio": eigen.kv_ratio,
+        "dtype": dtype,
+        "bytes_per_token": per_token,
+        "uncompressed_bytes_per_token": eigen.uncompressed_elements_per_token * size,
+        "tokens_per_gib": (1 << 30) // per_token,
+        "layers": [
+            {
+                "layer": index,
+                "rank_k": layer.rank_k,
+                "rank_v": layer.rank_v,
+                "kv_ratio": (layer.rank_k + layer.rank_v) / (2 * full),
+                "bytes_per_token": eigen.num_latent_heads * (layer.rank_k + layer.rank_v) * size,
+            }
+            for index, layer in enumerate(eigen.layers)
+        ],
+        "provenance": eigen.provenance,
+    }

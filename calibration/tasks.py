@@ -1,0 +1,119 @@
+"""Zero-shot accuracy of base and compressed model on multiple-choice questions in local files.
+
+A file holds one JSON object a line, `{"ctx", "choices", "gold"}`; `_` in `ctx` marks the blank of a
+fill-in question. As in lm-evaluation-harness, a choice is scored by the log-likelihood of its
+text after the context (of what follows the blank, for fill-in), plain and a character.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_eigen.errors import InputError
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pairs of context and continuation, one a choice, and the index of the right one."""
+
+    pairs: tuple[tuple[str, str], ...]
+    gold: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of questions answered rightly.
+
+    Attributes:
+        acc: by log-likelihood.
+        acc_norm: by log-likelihood divided by the continuation's characters.
+        questions: number of them.
+    """
+
+    acc: float
+    acc_norm: float
+    questions: int
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """Questions of a jsonl file, at most `limit`.
+
+    Raises:
+        InputError: the file is missing, or a line is no question.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"task {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"task {path} is not UTF-8 (byte {error.start})") from error
+    questions = []
+    for number, line in enumerate(lines[:limit], start=1):
+        try:
+            item = json.loads(line)
+            choices, gold = [str(choice) for choice in item["choices"]], int(item["gold"])
+            question = Question(tuple(_pair(str(item["ctx"]), c) for c in choices), gold)
+            choices[gold]
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise InputError(
+                f"task {path}, line {number}: not an object with ctx, choices and gold"
+            ) from error
+        questions.append(question)
+    if not questions:
+        raise InputError(f"task {path} is empty")
+    return questions
+
+
+def accuracy(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    length: int,
+    step: Callable[[], None] = lambda: None,
+) -> Accuracy:
+    """Accuracy of a transformers model; contexts are cut on the left to `length` tokens."""
+    right = right_norm = 0
+    for question in questions:
+        scores = [_score(model, tokenizer, *pair, length) for pair in question.pairs]
+        sizes = [max(1, len(text)) for _, text in question.pairs]
+        right += _best(scores) == question.gold
+        shares = [score / size for score, size in zip(scores, sizes, strict=True)]
+        right_norm += _best(shares) == question.gold
+        step()
+    count = len(questions)
+    return Accuracy(right / count, right_norm / count, count)
+
+
+def _pair(context: str, choice: str) -> tuple[str, str]:
+    before, blank, after = context.partition("_")
+    if blank and after:
+        return before + choice, after
+    return context, f" {choice}"
+
+
+def _best(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=lambda index: scores[index])
+
+
+def _score(model: Any, tokenizer: Any, context: str, text: str, length: int) -> float:
+    """Log-likelihood of the continuation in nats."""
+    start: list[int] = tokenizer(context)["input_ids"]
+    whole: list[int] = tokenizer(context + text)["input_ids"]
+    # Where the two meet tokens may merge: all that differs from the context is continuation.
+    same = 0
+    while same < min(len(start), len(whole) - 1) and start[same] == whole[same]:
+        same += 1
+    same = max(same, 1)
+    cut = max(0, len(whole) - length)
+    tokens = torch.tensor([whole[cut:]], device=model.device)
+    with torch.inference_mode():
+        logits = model(tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    likelihoods = logits.gather(-1, tokens[0, 1:, None])[:, 0]
+    return float(likelihoods[max(0, same - cut - 1) :].double().sum())

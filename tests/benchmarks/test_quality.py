@@ -1,0 +1,52 @@
+"""The quality benchmark: labels, the table's round trip, and one whole run on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import Row, Variant, main, markdown, read_rows, write_rows
+from tests.calibration.tiny import WORDS, build_model, save_model
+
+
+def test_labels_name_method_group_and_key_cache() -> None:
+    assert Variant.parse("paper") == Variant("paper", "paper", 1, False)
+    assert Variant.parse("x:2:post-rope") == Variant("x:2:post-rope", "x", 2, True)
+
+
+def test_rows_survive_the_csv_and_reach_the_table(tmp_path: Path) -> None:
+    row = Row("m", "paper", 8, 16, 0.5, 0.5, 2.0, 2.2, 10.0, 0.5, 0.01, 91.0, 99, "1 2", "3 4")
+    write_rows(tmp_path / "t.csv", [row])
+    assert read_rows(tmp_path / "t.csv") == [row]
+    assert read_rows(tmp_path / "none.csv") == []
+    assert "| paper | 8 | +10.00 ± 0.50 (91.0) |" in markdown([row])
+
+
+def test_one_command_makes_table_plot_and_provenance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_EIGEN_CACHE", str(tmp_path / "cache"))
+    model = save_model(build_model("llama"), tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>".join([" ".join(WORDS)] * 12), encoding="utf-8")
+    table = tmp_path / "results" / "quality.csv"
+    arguments = ["--models", str(model), "--text", str(text), "--test", str(text)]
+    arguments += ["--seq-len", "32", "--samples", "8", "--ratios", "0.75", "0.5"]
+    arguments += ["--csv", str(table), "--device", "cpu"]
+    methods = ["paper", "sensitivity", "sensitivity:2", "sensitivity:post-rope"]
+    assert main([*arguments, "--methods", *methods]) == 0
+    rows = read_rows(table)
+    assert [(row.method, row.kv_ratio) for row in rows if row.method != "paper"] == [
+        (method, ratio) for method in methods[1:] for ratio in (0.75, 0.5)
+    ]
+    for row in rows:
+        if row.method != "paper":
+            assert row.reached == pytest.approx(row.kv_ratio, abs=0.005)
+        assert row.kl >= 0
+    assert json.loads(table.with_suffix(".json").read_text())[0]["models"] == ["model"]
+    assert table.with_suffix(".png").stat().st_size > 1000
+    # A second run of one method replaces its rows and keeps the others.
+    assert main([*arguments, "--methods", "sensitivity"]) == 0
+    assert len(read_rows(table)) == len(rows)

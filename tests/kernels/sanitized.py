@@ -1,0 +1,69 @@
+"""Random shapes through kernels built with sanitizers; run by test_sanitizers.py under libasan.
+
+Arguments: instruction-set level, number of random cases. Exits non-zero at the first bad access.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import numpy as np
+import torch
+
+from tests.kernels.cases import Case, expected, make, run, tolerance
+from vllm_eigen.kernels import build
+from vllm_eigen.kernels.cpu import CpuKernels
+
+FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+FP8 = (None, None, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def random_case(seed: int) -> Case:
+    """One small batch; ranks, block sizes and lengths off every round number."""
+    rng = random.Random(seed)
+    rebuild = rng.random() < 0.5
+    head_size = rng.choice([2, 7, 16, 33, 64])
+    return Case(
+        num_kv_heads=rng.randint(1, 2),
+        group=rng.randint(1, 2) if rebuild else 1,
+        queries_per_head=rng.choice([1, 2, 3, 7]),
+        rank_k=rng.randint(1, 45),
+        rank_v=rng.randint(1, 140),
+        block_size=16 * rng.choice([1, 3, 8]),
+        sequences=tuple(
+            (rng.randint(0, 400), rng.choice([1, 1, rng.randint(1, 40)]))
+            for _ in range(rng.randint(1, 3))
+        ),
+        dtype=rng.choice(TYPES),
+        cache_dtype=rng.choice(FP8),
+        head_size=head_size,
+        rebuild=rebuild,
+        rotary_dim=2 * rng.randint(0, head_size // 2),
+        is_neox_style=rng.random() < 0.5,
+        offset=rng.random() < 0.5,
+        alibi=rng.random() < 0.3,
+        window=rng.choice([None, rng.randint(1, 200)]),
+        soft_cap=rng.choice([None, 3.0]),
+        seed=seed,
+    )
+
+
+def main(isa: str, count: int) -> None:
+    """Compare `count` cases with float64, so that the accesses are the real ones."""
+    library = build.library
+    build.library = lambda level: library(level, FLAGS)  # type: ignore[assignment, misc]
+    kernels = CpuKernels(isa)
+    for seed in range(count):
+        case = random_case(seed)
+        problem = make(case)
+        found = run(kernels, problem).double().numpy()
+        np.testing.assert_allclose(
+            found, expected(problem), atol=tolerance(case), err_msg=str(case)
+        )
+    print("clean")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

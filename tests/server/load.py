@@ -1,0 +1,63 @@
+"""A load of known size: streams of token ids whose lengths are counted as they arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+from conftest import NAME
+
+_TOKENS = re.compile(rb'"token_ids":\[([^\]]+)\]')
+
+
+class Sequence:
+    """One running request: `prompt` tokens sent, `generated` received so far."""
+
+    def __init__(self, seed: int, prompt: int, limit: int) -> None:
+        numbers = random.Random(seed)
+        self.tokens = [numbers.randrange(3, 259) for _ in range(prompt)]
+        self.limit = limit
+        self.generated = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + self.generated
+
+    async def run(self, client: httpx.AsyncClient) -> None:
+        body = {
+            "model": NAME, "prompt": self.tokens, "max_tokens": self.limit, "ignore_eos": True,
+            "stream": True, "return_token_ids": True, "temperature": 1.0,
+        }  # fmt: skip
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            answer.raise_for_status()
+            rest = b""
+            async for piece in answer.aiter_raw():
+                events, separator, tail = (rest + piece).rpartition(b"\n\n")
+                rest = tail if separator else rest + piece
+                # Parsing a thousand events a second would make this client the slower side.
+                for numbers in _TOKENS.findall(events):
+                    self.generated += numbers.count(b",") + 1
+
+
+@asynccontextmanager
+async def running(
+    client: httpx.AsyncClient, prompts: tuple[int, ...], limit: int, seed: int = 0
+) -> AsyncIterator[list[Sequence]]:
+    """Send one request a prompt length; the block begins once all of them generate."""
+    sequences = [Sequence(seed + i, prompt, limit) for i, prompt in enumerate(prompts)]
+    tasks = [asyncio.create_task(one.run(client)) for one in sequences]
+    try:
+        for _ in range(600):
+            failed = [task for task in tasks if task.done()]
+            if failed or all(one.generated > 4 for one in sequences):
+                break
+            await asyncio.sleep(0.05)
+        yield sequences
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
