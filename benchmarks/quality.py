@@ -322,13 +322,15 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
                     [row.noise for row in mine],
                     label=method,
                     color=f"C{index}",
+                    linestyle="--" if method == "released" else "-",
                     marker="o",
                     markersize=3,
                     linewidth=1.2,
                 )
         axis.set_title(model, fontsize=10)
         axis.set_yscale("symlog", linthresh=1)
-        axis.set_ylim(bottom=-1)
+        axis.set_ylim(bottom=-0.25)
+        axis.set_yticks([0, 0.5, 1, 3, 10, 30], ["0", "0.5", "1", "3", "10", "30"], minor=False)
         axis.grid(alpha=0.3)
         axis.invert_xaxis()
     for axis in list(axes.flat)[len(models) :]:

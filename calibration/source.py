@@ -153,11 +153,6 @@ class Weights:
             )
         return tensor
 
-    def bytes_under(self, prefix: str) -> int:
-        """Size of a module's tensors as stored, in bytes; empty prefix for all."""
-        names = [name for name in self if name.startswith(f"{prefix}." if prefix else "")]
-        return sum(self.get(name).nbytes for name in names)
-
     def _canonical(self, stored: str) -> str:
         """Some checkpoints were saved from the inner model, without its outer name."""
         if stored.startswith((self._prefix, "lm_head.")):

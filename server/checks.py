@@ -42,19 +42,20 @@ def check_port(host: str | None, port: int) -> None:
     Raises:
         UsageError: another process listens there, or the address is not this machine's.
     """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port} is out of range; give 1 to 65535")
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UsageError(f"cannot listen on {host}:{port}: {error}; see --host, --port") from error
     family, kind, _, _, address = found[0]
     with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+        except OSError as error:
             raise UsageError(
-                f"cannot listen on port {port}: {reason}; choose another with --port"
+                f"cannot listen on port {port}: {error.strerror}; choose another with --port"
             ) from error
 
 

@@ -8,6 +8,7 @@ which keeps the stock projections and applies the bases beside them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,8 +68,12 @@ class EigenAttention(Attention):
         self._scales = ranks.k_scale, ranks.v_scale
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Set the scales of an fp8 cache, which vLLM would reset to 1."""
+        """Pack the key basis, and set the scales of an fp8 cache, which vLLM resets to 1."""
         super().process_weights_after_loading(act_dtype)
+        if self.rebuild is not None:
+            # A new object: kernels keep a packed copy for as long as a Rebuild lives.
+            self.rebuild = replace(self.rebuild)
+            self.impl.kernels.prepare(self.rebuild, act_dtype)
         self._k_scale_float, self._v_scale_float = self._scales
         self._k_scale.fill_(self._k_scale_float)
         self._v_scale.fill_(self._v_scale_float)

@@ -40,12 +40,15 @@ class EigenMetadata:
         query_start_loc: [num_seqs + 1] int32, where each sequence's queries begin.
         seq_lens: [num_seqs] int32, cached tokens of each sequence, this step's included.
         block_table: [num_seqs, max_blocks] int32.
+        max_query_len, max_seq_len: upper bounds, in tokens.
     """
 
     num_actual_tokens: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
 
 
 class EigenMetadataBuilder(AttentionMetadataBuilder[EigenMetadata]):
@@ -68,6 +71,8 @@ class EigenMetadataBuilder(AttentionMetadataBuilder[EigenMetadata]):
             query_start_loc=common.query_start_loc[: num_seqs + 1],
             seq_lens=common.seq_lens[:num_seqs],
             block_table=common.block_table_tensor[:num_seqs],
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
         )
 
 
@@ -148,6 +153,8 @@ class EigenAttentionImpl(AttentionImpl[EigenMetadata]):
             layer.rebuild,
             layer._k_scale_float,
             layer._v_scale_float,
+            max_query_len=attn_metadata.max_query_len,
+            max_seq_len=attn_metadata.max_seq_len,
         )
         return output
 
@@ -218,9 +225,9 @@ def choose_kernels(device_type: str) -> Kernels:
     named = os.environ.get(KERNELS_VARIABLE)
     if named:
         return load(named)
-    preferred = {"cpu": "cpu"}.get(device_type)
+    preferred = {"cpu": "cpu", "cuda": "gpu"}.get(device_type)
     if preferred is None:
-        logger.warning_once("no fast Eigen kernels for %s yet: using plain PyTorch", device_type)
+        logger.warning_once("no fast Eigen kernels for %s: using plain PyTorch", device_type)
         return load("reference")
     try:
         return load(preferred)

@@ -154,8 +154,12 @@ def rotary_cos_sin(rotary: Any) -> dict[str, Any]:
     Returns:
         `cos_sin` [max_position, rotary_dim] float32, `rotary_dim`, `is_neox_style`.
     """
+    # Not the module's buffer, which may be rounded to bfloat16. Layers share one rotary module,
+    # and one table.
+    if not hasattr(rotary, "eigen_cos_sin"):
+        rotary.eigen_cos_sin = rotary._compute_cos_sin_cache().float().contiguous()
     return {
-        "cos_sin": rotary.cos_sin_cache.float().contiguous(),
+        "cos_sin": rotary.eigen_cos_sin,
         "rotary_dim": int(rotary.rotary_dim),
         "is_neox_style": bool(rotary.is_neox_style),
     }

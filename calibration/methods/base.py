@@ -256,8 +256,8 @@ def hartley(size: int) -> torch.Tensor:
     Every row takes about equally much of every direction.
     """
     index = torch.arange(size, dtype=torch.float64)
-    angle = 2 * math.pi / size * torch.outer(index, index)
-    return (angle.cos() + angle.sin()) / math.sqrt(size)
+    angle = 2 * math.pi / max(1, size) * torch.outer(index, index)
+    return (angle.cos() + angle.sin()) / math.sqrt(max(1, size))
 
 
 def tail_loss(energy: torch.Tensor) -> torch.Tensor:

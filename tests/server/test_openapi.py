@@ -1,6 +1,6 @@
 """Schemathesis over our part of the OpenAPI schema: no 5xx, no answer the schema does not allow.
 
-`SCHEMATHESIS_EXAMPLES` sets the cases of each test; 400 make 2,000 in all.
+`SCHEMATHESIS_EXAMPLES` sets the cases of each test; 500 make 2,000 in all.
 """
 
 from __future__ import annotations

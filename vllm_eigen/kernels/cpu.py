@@ -163,6 +163,10 @@ class CpuKernels:
         )
         _raise_if(self._library.eigen_write_cache(ctypes.byref(args)))
 
+    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> object:
+        """See `interface.Kernels.prepare`."""
+        return pack(rebuild, dtype == torch.bfloat16)
+
     def attend(
         self,
         query: torch.Tensor,
@@ -175,6 +179,9 @@ class CpuKernels:
         rebuild: Rebuild | None = None,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        *,
+        max_query_len: int | None = None,
+        max_seq_len: int | None = None,
     ) -> None:
         """See `interface.Kernels.attend`."""
         num_heads, rank_v = query.shape[1], output.shape[2]

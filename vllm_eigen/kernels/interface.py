@@ -67,6 +67,13 @@ class Kernels(Protocol):
 
     name: str
 
+    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> object:
+        """Bring `rebuild` into the kernels' own order for queries of `dtype`, once.
+
+        `attend` does so at its first call; calling this before keeps that out of a captured graph.
+        """
+        ...
+
     def write_cache(
         self,
         key: torch.Tensor,
@@ -96,6 +103,9 @@ class Kernels(Protocol):
         rebuild: Rebuild | None = None,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        *,
+        max_query_len: int | None = None,
+        max_seq_len: int | None = None,
     ) -> None:
         """Causal attention of `query [num_tokens, num_heads, query_size]` into `output`.
 
@@ -104,6 +114,8 @@ class Kernels(Protocol):
         including this step's; block_table: int32 `[num_seqs, max_blocks]`. Query token i of the n
         of a sequence sits at position seq_len - n + i. Rows past query_start_loc[-1] stay as they
         are. query_size is rank_k, or head_size with `rebuild` (query already rotated).
+        max_query_len, max_seq_len: upper bounds known on the host (in a captured graph: for all of
+        its replays); they may spare work and change no result.
         Raises KernelError for shapes and dtypes that do not fit.
         """
         ...

@@ -17,6 +17,9 @@ class ReferenceKernels:
 
     name = "reference"
 
+    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> None:
+        """Nothing to do: keys are rebuilt from the tensors as they are."""
+
     def write_cache(
         self,
         key: torch.Tensor,
@@ -55,6 +58,9 @@ class ReferenceKernels:
         rebuild: Rebuild | None = None,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        *,
+        max_query_len: int | None = None,
+        max_seq_len: int | None = None,
     ) -> None:
         """See `interface.Kernels.attend`."""
         rank_v = output.shape[-1]
