@@ -28,6 +28,7 @@ class Options:
         length: tokens a window; cut to the most the model takes.
         method, key_mode, head_group: the method's name and, if not None, other than its own
             key-cache mode and number of KV heads to a latent head.
+        bases_only: write the bases alone, to be applied over the untouched base model.
         resume: take up what an interrupted run with the same options left.
         provenance: the record of this process, without its results.
         spill_limit: bytes of activations kept in memory; None for the default.
@@ -47,6 +48,7 @@ class Options:
     key_mode: KeyMode | None = None
     head_group: int | None = None
     device: str = "auto"
+    bases_only: bool = False
     overwrite: bool = False
     resume: bool = False
     spill_limit: int | None = None

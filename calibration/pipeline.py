@@ -24,7 +24,7 @@ from calibration.source import Source, open_source
 from calibration.state import State, remember_base
 from calibration.stream import SPILL_LIMIT, Skeleton, Stream, pick_device
 from calibration.text import Corpus, Windows, sample_windows
-from calibration.write import eigen_config, write_checkpoint
+from calibration.write import eigen_config, write_bases, write_checkpoint
 from vllm_eigen.checkpoint import EigenConfig
 from vllm_eigen.errors import UsageError
 from vllm_eigen.families import KeyMode
@@ -98,6 +98,7 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
         key_mode=key_mode,
         method=method.name,
         head_group=head_group,
+        bases_only=options.bases_only,
         provenance={
             **state.provenance,
             "base": {"name": source.name, "fingerprint": source.fingerprint},
@@ -112,7 +113,8 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
         },
     )
     reporter.stage("writing", len(source.weights))
-    write_checkpoint(
+    write = write_bases if options.bases_only else write_checkpoint
+    write(
         source,
         eigen,
         bases,

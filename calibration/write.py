@@ -21,7 +21,15 @@ from calibration.methods.base import LayerBases
 from calibration.source import Source
 from calibration.tensorfile import TensorFile
 from vllm_eigen import checkpoint
-from vllm_eigen.checkpoint import FORMAT_VERSION, EigenConfig, LayerRanks, tensor_shapes
+from vllm_eigen.checkpoint import (
+    BASES_CONFIG_FILE,
+    BASES_FILE,
+    FORMAT_VERSION,
+    BasesConfig,
+    EigenConfig,
+    LayerRanks,
+    tensor_shapes,
+)
 from vllm_eigen.families import KeyMode
 from vllm_eigen.files import atomic_directory
 
@@ -39,9 +47,10 @@ def eigen_config(
     method: str,
     head_group: int,
     provenance: dict[str, Any],
+    bases_only: bool = False,
 ) -> EigenConfig:
     """The `eigen` section for a base model and its ranks."""
-    untouched = key_mode == "post-rope" or source.family.untouched(source.config)
+    untouched = bases_only or key_mode == "post-rope" or source.family.untouched(source.config)
     return EigenConfig(
         format_version=FORMAT_VERSION,
         key_mode=key_mode,
@@ -96,29 +105,70 @@ def write_checkpoint(
         checkpoint.validate(folder)
 
 
+def write_bases(
+    source: Source,
+    eigen: EigenConfig,
+    bases: Sequence[LayerBases],
+    output: Path,
+    *,
+    details: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    step: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a bases-only checkpoint, to be served over the untouched base model.
+
+    Takes and raises what `write_checkpoint` does.
+    """
+    with atomic_directory(output, overwrite=overwrite) as folder:
+        described = BasesConfig(
+            architecture=source.family.architecture,
+            base=source.name,
+            eigen=eigen.model_dump(mode="json", exclude_none=True),
+        )
+        _write_json(folder / BASES_CONFIG_FILE, described.model_dump(mode="json"))
+        if details is not None:
+            (folder / DETAILS_FILE).write_text(json.dumps(details) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(source, eigen), encoding="utf-8")
+        names = [name for name, _ in tensor_shapes(eigen, source.family, 1)]
+        with TensorFile(folder / BASES_FILE, names) as file:
+            for index in range(len(eigen.layers)):
+                for name, tensor in _attention(source, eigen, bases, index).items():
+                    file.add(name, tensor)
+                    step()
+        checkpoint.serving_overrides(folder, source.config)
+
+
+def _attention(
+    source: Source, eigen: EigenConfig, bases: Sequence[LayerBases], index: int
+) -> dict[str, torch.Tensor]:
+    """A layer's new attention tensors by full name, in the base's own type."""
+    family, ranks = source.family, eigen.layers[index]
+    path = family.attention_path(index)
+    dtype = source.weights.get(f"{path}.{family.o_proj}.weight").dtype
+    maps = bases[index].key.at(ranks.rank_k), bases[index].value.at(ranks.rank_v)
+    if eigen.projections == "untouched":
+        made = keep_apart(*maps, eigen.head_size)
+    else:
+        attention = read_attention(source.weights, path, family, source.geometry)
+        made = fold(attention, *maps, family, eigen.key_mode)
+    return {f"{path}.{name}": tensor.to(dtype) for name, tensor in made.items()}
+
+
 def _tensors(
     source: Source, eigen: EigenConfig, bases: Sequence[LayerBases]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of the checkpoint: folded attention first, then the base's others."""
-    weights, family = source.weights, source.family
+    family = source.family
     replaced: set[str] = set()
-    for index, ranks in enumerate(eigen.layers):
-        path = family.attention_path(index)
-        dtype = weights.get(f"{path}.{family.o_proj}.weight").dtype
-        maps = bases[index].key.at(ranks.rank_k), bases[index].value.at(ranks.rank_v)
-        if eigen.projections == "untouched":
-            changed = keep_apart(*maps, eigen.head_size)
-        else:
-            attention = read_attention(weights, path, family, source.geometry)
-            changed = fold(attention, *maps, family, eigen.key_mode)
-            if family.qkv_proj:
-                replaced.add(f"{path}.{family.qkv_proj}.weight")
-        for name, tensor in changed.items():
-            replaced.add(f"{path}.{name}")
-            yield f"{path}.{name}", tensor.to(dtype)
-    for name in weights:
+    for index in range(len(eigen.layers)):
+        made = _attention(source, eigen, bases, index)
+        replaced.update(made)
+        if family.qkv_proj and eigen.projections == "folded":
+            replaced.add(f"{family.attention_path(index)}.{family.qkv_proj}.weight")
+        yield from made.items()
+    for name in source.weights:
         if name not in replaced:
-            yield name, weights.get(name)
+            yield name, source.weights.get(name)
 
 
 def _write_shards(

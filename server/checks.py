@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import sys
 from pathlib import Path
 
+from server.estimate import estimate
+from server.units import size
+from server.weights import read_model
 from vllm_eigen.checkpoint import CONFIG_FILE, validate
-from vllm_eigen.errors import InputError, UsageError
+from vllm_eigen.errors import EigenError, InputError, UsageError
 
 
 def check_model(model: str) -> None:
@@ -32,6 +36,31 @@ def check_model(model: str) -> None:
     names = config.get("architectures") or []
     if "eigen" in config or any(str(name).startswith("Eigen") for name in names):
         validate(folder)
+
+
+def check_pool(
+    model: str, pool_bytes: int | None, max_model_len: int | None, kv_cache_dtype: str
+) -> None:
+    """Refuse a pool of given size that cannot hold one sequence, where the folder tells.
+
+    Raises:
+        UsageError: how many tokens it holds, and what would do.
+    """
+    folder = Path(model)
+    if pool_bytes is None or not (folder / CONFIG_FILE).is_file():
+        return
+    try:
+        config, _ = read_model(model)
+        found = estimate(config, sys.maxsize, None, kv_cache_dtype, max_model_len)
+    except EigenError:  # a model or type this project has no arithmetic for is left to vLLM
+        return
+    per_token, longest = found.compressed.bytes_per_token, found.max_model_len
+    if pool_bytes < longest * per_token:
+        raise UsageError(
+            f"a pool of {size(pool_bytes)} holds {pool_bytes // per_token} tokens, a sequence has "
+            f"up to {longest}; give --kv-cache-memory-bytes {longest * per_token} or more, or a "
+            "smaller --max-model-len"
+        )
 
 
 def check_port(host: str | None, port: int) -> None:

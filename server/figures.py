@@ -34,6 +34,7 @@ class Figures:
         max_model_len: tokens of the longest sequence served.
         pool_blocks: blocks over all data-parallel engines; those of one engine by default.
         block_size: the scheduler's tokens a block; the cache tensor's by default.
+        num_engines: data-parallel engines, with equal shares of the pool.
 
     Raises:
         EngineError: the engine has no attention layer with a KV cache this project can read.
@@ -46,6 +47,7 @@ class Figures:
         max_model_len: int,
         pool_blocks: int | None = None,
         block_size: int | None = None,
+        num_engines: int = 1,
     ) -> None:
         rows = [row for rank in ranks for row in rank]
         if not rows:
@@ -58,6 +60,7 @@ class Figures:
             int(row["full_elements"]) for row in rows
         )
         self.max_model_len = max_model_len
+        self.num_engines = num_engines
         self._dtype = str(rows[0]["torch_dtype"])
 
     @property
@@ -78,7 +81,8 @@ class Figures:
 
     def sample(self, now: float, live: Live, before: tuple[float, Live] | None = None) -> Sample:
         """The counters at time `now`; token rates are those since `before`."""
-        used = round(live.usage * max(0, self.num_blocks - live.engines))
+        usage = min(live.usage / self.num_engines, 1.0)
+        used = round(usage * max(0, self.num_blocks - self.num_engines))
         tokens = used * self.block_size
         prompt, generation = _rates(now, live, before)
         return Sample(
@@ -129,7 +133,7 @@ class Figures:
                 prompt_tokens_per_second=sample.prompt_tokens_per_second,
                 generation_tokens_per_second=sample.generation_tokens_per_second,
             ),
-            engines=live.engines,
+            engines=self.num_engines,
             max_model_len=self.max_model_len,
             layers=self.layers,
         )

@@ -38,9 +38,8 @@ NAMES = (
 class Live:
     """Sums over the engines; counters run from the start of the server."""
 
-    engines: int = 1
     usage: float = 0.0
-    """Mean pool use over the engines, 0 to 1."""
+    """Pool use, 0 to 1 for each engine."""
     running: int = 0
     waiting: int = 0
     preemptions: int = 0
@@ -58,18 +57,12 @@ def read_live() -> Live:
 def from_families(families: Iterable[Any]) -> Live:
     """Add up collected Prometheus metric families; metrics without a sample count as 0."""
     sums: dict[str, float] = defaultdict(float)
-    engines = set()
     for family in families:
         for sample in family.samples:
-            if sample.name not in NAMES:
-                continue
-            sums[sample.name] += sample.value
-            if sample.name == USAGE:
-                engines.add(sample.labels.get("engine", "0"))
-    count = max(1, len(engines))
+            if sample.name in NAMES:
+                sums[sample.name] += sample.value
     return Live(
-        engines=count,
-        usage=min(max(sums[USAGE] / count, 0.0), 1.0),
+        usage=max(sums[USAGE], 0.0),
         running=round(sums[RUNNING]),
         waiting=round(sums[WAITING]),
         preemptions=round(sums[PREEMPTIONS]),

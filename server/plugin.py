@@ -94,10 +94,14 @@ async def _figures(engine_client: Any) -> Figures:
             f"the worker extension ({type(error).__name__})"
         ) from error
     config = engine_client.vllm_config
+    parallel = config.parallel_config
     return Figures(
         ranks,
         full_element_size=config.model_config.dtype.itemsize,
         max_model_len=config.model_config.max_model_len,
         pool_blocks=config.cache_config.num_gpu_blocks,
         block_size=config.cache_config.block_size,
+        num_engines=parallel.data_parallel_size_local
+        if parallel.local_engines_only
+        else parallel.data_parallel_size,
     )

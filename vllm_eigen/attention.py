@@ -205,7 +205,8 @@ class FoldedSelfAttention(EigenSelfAttention):
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = qkv.split(list(self.qkv_proj.sizes.values()), dim=-1)
         if self.rotary_emb is not None:
-            query, _ = self.rotary_emb(positions, query, None)
+            # vLLM's CPU kernel stores aligned vectors: rows must not begin at odd widths.
+            query, _ = self.rotary_emb(positions, query.contiguous(), None)
         output, _ = getattr(self, self._output)(self.attn(query, key, value))
         return output
 

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--head-group", type=int, metavar="G", help="KV heads sharing a latent")
     parser.add_argument("--key-cache", choices=("folded", "pre-rope", "post-rope"))
+    parser.add_argument(
+        "--bases-only",
+        action="store_true",
+        help="write the bases alone, for `serve BASE --eigen-bases DIR`",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--resume", action="store_true", help="take up an interrupted run")
@@ -145,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
         method=args.method,
         key_mode=args.key_cache,
         head_group=args.head_group,
+        bases_only=args.bases_only,
         device=args.device,
         overwrite=args.overwrite,
         resume=args.resume,

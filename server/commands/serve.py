@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from server.checks import check_model, check_port, check_tls, root_path
+from server.checks import check_model, check_pool, check_port, check_tls, root_path
 from vllm_eigen.errors import EigenError, EngineError, UsageError
 from vllm_eigen.vllm_version import check_vllm_version
 
@@ -107,6 +107,9 @@ def prepare(parsed: argparse.Namespace) -> None:
     """
     model = parsed.model_tag or parsed.model
     check_model(model)
+    one_device = parsed.tensor_parallel_size == parsed.pipeline_parallel_size == 1
+    if one_device and parsed.dtype == "auto" and (parsed.max_model_len or 1) > 0:
+        check_pool(model, parsed.kv_cache_memory_bytes, parsed.max_model_len, parsed.kv_cache_dtype)
     if not (parsed.uds or parsed.headless):
         check_port(parsed.host, parsed.port)
     check_tls(parsed.ssl_certfile, parsed.ssl_keyfile)

@@ -16,11 +16,13 @@ from tests.engine.harness import (
     POOL_BYTES,
     ask,
     cached_elements,
+    calibrate,
     engine,
     expected_logits,
     prompts,
     relative_error,
 )
+from vllm_eigen.checkpoint import serving_overrides
 
 LIMIT = 1e-4
 
@@ -123,6 +125,20 @@ def test_speculative_decoding_changes_no_token(folder: Path, llm: Any) -> None:
     with engine(folder, speculative_config=speculative) as drafted:
         found = ask(drafted, asked, 24, logits=False)
     assert found[0].tokens == expected[0].tokens
+
+
+def test_bases_over_the_untouched_base_model(
+    models: Models, text: Path, folder: Path, tmp_path: Path
+) -> None:
+    base = models("llama", "float32", 0)
+    bases = calibrate(base, tmp_path / "bases", text, 0.6, "--bases-only")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    model = load_reference(folder)
+    asked = prompts([9, 210], seed=17)
+    with engine(base, hf_overrides=serving_overrides(bases, config)) as llm:
+        answers = ask(llm, asked, 4, logits=True)
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert relative_error(answer.logits, expected_logits(model, prompt, answer.tokens)) < LIMIT
 
 
 def test_adapters_on_a_folded_checkpoint_are_refused(folder: Path) -> None:

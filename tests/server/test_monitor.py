@@ -42,8 +42,8 @@ def test_ranks_add_up() -> None:
 
 
 def test_engines_share_the_pool() -> None:
-    pool = figures(pool_blocks=22)
-    live = Live(engines=2, usage=0.5, running=3)
+    pool = figures(pool_blocks=22, num_engines=2)
+    live = Live(usage=1.0, running=3)  # one engine full, or both half full
     sample = pool.sample(1.0, live)
     assert sample.used_blocks == 10  # of 20: each engine keeps one block back
     cache = pool.answer(sample, live)
@@ -68,7 +68,7 @@ def test_counters_of_several_engines() -> None:
         running.labels(engine).set(2)
         preempted.labels(engine).inc(3)
     live = from_families(registry.collect())
-    assert live == Live(engines=2, usage=0.5, running=4, preemptions=6)
+    assert live == Live(usage=1.0, running=4, preemptions=6)
     assert from_families([]) == Live()
 
 

@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
+import served_model
 
-from server.checks import check_model, check_port, check_tls, root_path
+from server.checks import check_model, check_pool, check_port, check_tls, root_path
 from server.commands.serve import plugin_names
 from vllm_eigen import cli
 from vllm_eigen.errors import EigenError, UsageError
@@ -54,6 +55,15 @@ def test_port() -> None:
         check_port("203.0.113.7", 0)
     check_port("127.0.0.1", 0)
     check_port(None, 0)
+
+
+def test_pool_too_small_for_one_sequence(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds 100 tokens"):
+        check_pool(str(checkpoint), 100 * served_model.BYTES_PER_TOKEN, 1024, "auto")
+    check_pool(str(checkpoint), 1024 * served_model.BYTES_PER_TOKEN, 1024, "auto")
+    check_pool(str(checkpoint), None, 1024, "auto")
+    (tmp_path / "config.json").write_text('{"architectures": ["Unknown"]}')
+    check_pool(str(tmp_path), 1, 1024, "auto")
 
 
 def test_tls(tmp_path: Path) -> None:

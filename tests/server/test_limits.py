@@ -1,0 +1,106 @@
+"""Body limits and draining, on a small app of their own; and the monitoring files."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+
+from server.drain import RefuseWhileDraining, wait_idle, watch
+from server.errors import routing_error
+from server.gauges import _VALUES
+from server.limits import BodyLimit
+
+pytestmark = pytest.mark.anyio
+MONITORING = Path(__file__).resolve().parents[2] / "docker" / "monitoring"
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = FastAPI()
+    app.add_middleware(BodyLimit, max_bytes=1 << 20, seconds=0.2)
+    app.add_middleware(RefuseWhileDraining)
+    app.add_exception_handler(HTTPException, routing_error)
+
+    @app.post("/size")
+    async def size(request: Request) -> int:
+        return len(await request.body())
+
+    @app.get("/")
+    async def root() -> str:
+        return "up"
+
+    return app
+
+
+def client(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+async def test_bodies_up_to_the_limit(app: FastAPI) -> None:
+    async def pieces(count: int):  # type: ignore[no-untyped-def]
+        for _ in range(count):
+            yield b"x" * (1 << 18)
+
+    async with client(app) as http:
+        assert (await http.post("/size", content=b"x" * (1 << 20))).json() == 1 << 20
+        assert (await http.post("/size", content=pieces(4))).json() == 1 << 20
+        for content in (b"x" * ((1 << 20) + 1), pieces(5)):
+            answer = await http.post("/size", content=content)
+            assert answer.status_code == 413
+            assert "1 MiB" in answer.json()["error"]["message"]
+
+
+async def test_a_body_that_does_not_arrive(app: FastAPI) -> None:
+    async def stalls():  # type: ignore[no-untyped-def]
+        yield b"x"
+        await asyncio.sleep(5)
+        yield b"x"
+
+    async with client(app) as http:
+        answer = await http.post("/size", content=stalls())
+    assert answer.status_code == 408
+    assert answer.json()["error"]["code"] == 408
+
+
+async def test_new_work_is_refused_while_draining(app: FastAPI) -> None:
+    class Engine:
+        unfinished = 3
+        left: Any = None
+
+        def get_num_unfinished_requests(self) -> int:
+            self.unfinished -= 1
+            return self.unfinished
+
+        def shutdown(self, timeout: float | None = None) -> None:
+            self.left = timeout
+
+    engine = Engine()
+    watch(engine, app.state)
+    async with client(app) as http:
+        assert (await http.post("/size")).status_code == 200
+        await asyncio.to_thread(engine.shutdown, timeout=5)
+        assert engine.unfinished == 0
+        assert 0 < engine.left < 5
+        assert (await http.post("/size")).status_code == 503
+        assert (await http.get("/")).status_code == 200
+
+
+def test_waiting_is_bounded() -> None:
+    assert wait_idle(lambda: 1, 0.1) == 0.0
+
+
+def test_grafana_asks_only_for_gauges_there_are() -> None:
+    text = (MONITORING / "grafana-dashboard.json").read_text()
+    json.loads(text)
+    ours = {name for name, _, _ in _VALUES} | {"layer_rank", "layer_bytes_per_token"}
+    assert set(re.findall(r"vllm_eigen:(\w+)", text)) <= ours
+    readme = (MONITORING / "README.md").read_text()
+    assert ours <= set(re.findall(r"vllm_eigen:(\w+)", readme))
