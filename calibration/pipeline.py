@@ -20,6 +20,7 @@ from calibration.methods.base import LayerBases, Method
 from calibration.options import Options
 from calibration.predict import Prediction, predict
 from calibration.progress import Reporter
+from calibration.scales import fit_scales
 from calibration.source import Source, open_source
 from calibration.state import State, remember_base
 from calibration.stream import SPILL_LIMIT, Skeleton, Stream, pick_device
@@ -87,6 +88,8 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
         reporter,
     )
     losses = choice.pop("loss_curves", None)
+    reporter.stage("scaling", skeleton.num_layers)
+    ranks = fit_scales(skeleton, windows.chosen, bases, ranks, key_mode, reporter.step)
     measured: dict[str, Any] = {}
     if len(windows.held_out):
         reporter.stage("measuring", skeleton.num_layers)

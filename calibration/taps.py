@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +20,10 @@ from calibration.moments import rotate
 from vllm_eigen.families import Family, Geometry, KeyMode
 
 Act = Callable[[torch.Tensor], torch.Tensor | None]
+Part = Literal["key", "value"]
+Latents = Callable[[Part, torch.Tensor], torch.Tensor]
+"""Stands in the cache's place: given the latents of keys or of values, it returns what is read
+back. The shape is any, the last dimension is the rank."""
 
 
 @contextlib.contextmanager
@@ -71,22 +76,29 @@ def compress(
     key_mode: KeyMode,
     key: Maps | None,
     value: Maps | None,
+    latents: Latents | None = None,
 ) -> Iterator[None]:
-    """While open, `layer` computes with keys and values that went through low rank; None skips."""
+    """While open, `layer` computes with keys and values that went through low rank; None skips.
+
+    Args:
+        latents: what the cache makes of them; None keeps them as they are.
+    """
     attention = layer.get_submodule(family.attention)
     tables: dict[str, torch.Tensor | None] = {"cos": None, "sin": None}
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tables["cos"], tables["sin"] = kwargs.get("position_embeddings") or (None, None)
 
-    def through(maps: Maps, rotated: bool) -> Act:
+    def through(part: Part, maps: Maps, rotated: bool) -> Act:
+        cache = partial(latents, part) if latents else None
+
         def replace(x: torch.Tensor) -> torch.Tensor:
             rows = x.reshape(*x.shape[:2], -1, geometry.head_size)
             if rotated:
-                turned = project(rotate(rows, tables["cos"], tables["sin"]), maps)
+                turned = project(rotate(rows, tables["cos"], tables["sin"]), maps, cache)
                 rows = rotate(turned, tables["cos"], tables["sin"], back=True)
             else:
-                rows = project(rows, maps)
+                rows = project(rows, maps, cache)
             return rows.reshape(x.shape)
 
         return replace
@@ -95,18 +107,26 @@ def compress(
         stack.callback(attention.register_forward_pre_hook(see, with_kwargs=True).remove)
         acts: dict[str, Act] = {}
         if key is not None:
-            acts["key"] = through(key, key_mode == "post-rope")
+            acts["key"] = through("key", key, key_mode == "post-rope")
         if value is not None:
-            acts["value"] = through(value, False)
+            acts["value"] = through("value", value, False)
         stack.enter_context(_tapped(attention, family, acts))
         yield
 
 
-def project(rows: torch.Tensor, maps: Maps) -> torch.Tensor:
-    """Encode and decode [batch, length, num_kv_heads, head_size]."""
+def project(
+    rows: torch.Tensor,
+    maps: Maps,
+    cache: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Encode, cache and decode [batch, length, num_kv_heads, head_size]."""
     encoder, decoder = (item.to(device=rows.device, dtype=rows.dtype) for item in maps)
     latent = rows.reshape(*rows.shape[:2], encoder.shape[0], encoder.shape[1])
-    result = torch.einsum("blni,nir,nrj->blnj", latent, encoder, decoder)
+    if cache is None:
+        result = torch.einsum("blni,nir,nrj->blnj", latent, encoder, decoder)
+    else:
+        latent = cache(torch.einsum("blni,nir->blnr", latent, encoder))
+        result = torch.einsum("blnr,nrj->blnj", latent, decoder)
     return result.reshape(rows.shape)
 
 

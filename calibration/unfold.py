@@ -1,8 +1,7 @@
 """Turn an Eigen checkpoint into an ordinary model of the base architecture, equal in output.
 
-Folded heads are zero-padded back to the full head size, pre-rope keys are multiplied by their
-basis; latent heads shared by several KV heads are first reduced to the subspace each uses. The
-result runs in plain transformers and is the independent reference of the compressed model.
+Latents are multiplied by their bases (`factors`), or hooks do so where the projections are the
+base model's. The result runs in plain transformers and is the reference of the compressed model.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
+from calibration.factors import read_factors
 from calibration.fold import Maps, per_latent, repeat
 from calibration.source import Source, Weights
 from calibration.taps import compress
@@ -146,24 +145,13 @@ def _attention_tensors(
     weights: Weights, family: Family, eigen: EigenConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Full-size projections, float64, layer by layer."""
-    size, heads, kv_heads = eigen.head_size, eigen.num_heads, eigen.num_kv_heads
-    for index, ranks in enumerate(eigen.layers):
+    for index in range(len(eigen.layers)):
         path = family.attention_path(index)
-        q, k, v = (
-            _with_bias(weights, f"{path}.{name}")
-            for name in (family.q_proj, family.k_proj, family.v_proj)
-        )
-        k = _spread(k.reshape(eigen.num_latent_heads, ranks.rank_k, -1), kv_heads)
-        v = _spread(v.reshape(eigen.num_latent_heads, ranks.rank_v, -1), kv_heads)
-        o = weights.get(f"{path}.{family.o_proj}.weight").double()
-        o = o.reshape(-1, heads, ranks.rank_v)
-        if eigen.key_mode == "folded":
-            q, k = _narrow(q.reshape(heads, ranks.rank_k, -1), k, size)
-        else:
-            q = q.reshape(heads, size, -1)
-            k = weights.get(f"{path}.{KEY_BASIS}").double().mT @ k
-        o, v = _narrow(o.permute(1, 2, 0), v, size)
-        yield f"{path}.{family.o_proj}.weight", o.permute(2, 0, 1).flatten(1)
+        found = read_factors(weights, path, family, eigen, index)
+        q = found.q
+        k = found.key_basis.mT @ repeat(found.k, eigen.num_kv_heads)
+        v = found.value_basis.mT @ repeat(found.v, eigen.num_kv_heads)
+        yield f"{path}.{family.o_proj}.weight", found.o.flatten(1)
         if family.qkv_proj:
             fused = torch.cat([item[..., :-1].flatten(0, 1) for item in (q, k, v)])
             yield f"{path}.{family.qkv_proj}.weight", fused
@@ -172,39 +160,3 @@ def _attention_tensors(
             yield f"{path}.{name}.weight", tensor[..., :-1].flatten(0, 1)
             if f"{path}.{name}.bias" in weights:
                 yield f"{path}.{name}.bias", tensor[..., -1].flatten()
-
-
-def _with_bias(weights: Weights, path: str) -> torch.Tensor:
-    """Weight with the bias (or zeros) as its last column, [rows, hidden_size + 1]."""
-    weight = weights.get(f"{path}.weight").double()
-    name = f"{path}.bias"
-    bias = weights.get(name).double() if name in weights else weight.new_zeros(len(weight))
-    return torch.cat([weight, bias[:, None]], dim=1)
-
-
-def _spread(latent: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """Every KV head gets its latent head's rows: [num_latent_heads, ..] to [num_kv_heads, ..]."""
-    return latent.repeat_interleave(num_kv_heads // len(latent), dim=0)
-
-
-def _narrow(
-    outer: torch.Tensor, inner: torch.Tensor, size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring the width of a dot product to `size` without changing it.
-
-    Args:
-        outer: one side per query head, [num_heads, rank, n].
-        inner: the other side per KV head, [num_kv_heads, rank, m].
-
-    `outer^T inner` stays the same: padded with zeros if `rank <= size`; else the outer rows of the
-    query heads of one KV head span at most `size` dimensions, and both are rotated into them.
-    """
-    rank = outer.shape[1]
-    if rank > size:
-        groups = outer.reshape(len(inner), -1, rank, outer.shape[-1])
-        stacked = groups.transpose(1, 2).flatten(2)
-        basis = torch.linalg.svd(stacked, full_matrices=False)[0][:, :, :size]
-        inner = basis.mT @ inner
-        outer = repeat(basis, len(outer)).mT @ outer
-    missing = size - outer.shape[1]
-    return pad(outer, (0, 0, 0, missing)), pad(inner, (0, 0, 0, missing))

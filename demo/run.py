@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -131,7 +132,8 @@ def served_perplexity(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "model")
-    tokens = tokenizer((WORK / "heldout.txt").read_text(encoding="utf-8"))["input_ids"]
+    text = (WORK / "heldout.txt").read_text(encoding="utf-8")
+    tokens = tokenizer(text, verbose=False)["input_ids"]
     window = min(WINDOW, full_length - 1)
     starts = range(0, min(len(tokens), 16 * window) - window + 1, window)
     losses: list[float] = []
@@ -151,8 +153,10 @@ def served_perplexity(
     return math.exp(sum(losses) / len(losses))
 
 
-def decode_speed(client: Any, name: str, say: Callable[[str], None], users: int = 8) -> float:
-    """Tokens a second, all users together, over 128 tokens each after a warm-up."""
+def decode_speed(
+    client: Any, name: str, say: Callable[[str], None], users: int = 8, repeats: int = 7
+) -> float:
+    """Tokens a second, all users together, 128 tokens each; median of repeats after a warm-up."""
 
     def one(index: int) -> int:
         prompt = PROMPTS[index % len(PROMPTS)]
@@ -161,9 +165,12 @@ def decode_speed(client: Any, name: str, say: Callable[[str], None], users: int 
     say(f"decoding with {users} users")
     with ThreadPoolExecutor(users) as pool:
         list(pool.map(one, range(users)))
-        began = time.monotonic()
-        tokens = sum(pool.map(one, range(users)))
-        return tokens / (time.monotonic() - began)
+        speeds = []
+        for _ in range(repeats):
+            began = time.monotonic()
+            tokens = sum(pool.map(one, range(users)))
+            speeds.append(tokens / (time.monotonic() - began))
+    return statistics.median(speeds)
 
 
 def show(console: Console, base: Measured, eigen: Measured) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,45 +21,62 @@ _START_SECONDS = 600
 _READING = ("GET", "HEAD", "OPTIONS")
 
 
-class RefuseWhileDraining:
-    """ASGI middleware that answers 503 to new work once the engine has begun to drain."""
+class Drain:
+    """What the server is still doing, and whether it may begin anything new."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self) -> None:
+        self.draining = False
+        self.running = 0
+
+    def wait_idle(self, seconds: float) -> float:
+        """Block until nothing runs or the time is over; returns the seconds left."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0 and self.running:
+            time.sleep(0.05)
+        return max(0.0, left)
+
+    def watch(self, engine_client: Any) -> None:
+        """Refuse new work, and wait for what runs, before vLLM shuts its engine client down.
+
+        vLLM offers no event for the beginning of its shutdown, and where several API processes
+        share an engine each of them drops its running requests at once. It calls `shutdown` in a
+        thread, so waiting there does not hold up the answers being waited for.
+        """
+        shutdown = engine_client.shutdown
+
+        def drained(timeout: float | None = None) -> None:
+            self.draining = True
+            left = self.wait_idle(timeout or 0.0)
+            shutdown(timeout=None if timeout is None else left)
+
+        engine_client.shutdown = drained
+
+
+class Draining:
+    """ASGI middleware that counts work until its answer is sent, and refuses it when draining.
+
+    Only what may occupy the engine is work; reading figures, health or metrics is not.
+    """
+
+    def __init__(self, app: ASGIApp, drain: Drain) -> None:
         self._app = app
+        self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, unless it is new work for an engine that takes none."""
-        app: ASGIApp = self._app
-        new_work = scope["type"] == "http" and scope["method"] not in _READING
-        if new_work and getattr(scope["app"].state, "eigen_draining", False):
+        """Pass the request on, or answer 503."""
+        if scope["type"] != "http" or scope["method"] in _READING:
+            await self._app(scope, receive, send)
+            return
+        if self._drain.draining:
             headers = {"Connection": "close", "Retry-After": "1"}
-            app = error_response(503, "the server is shutting down", headers)
-        await app(scope, receive, send)
-
-
-def watch(engine_client: Any, state: Any) -> None:
-    """Refuse new work, and wait for what runs, before vLLM shuts its engine client down.
-
-    vLLM offers no event for the beginning of its shutdown, and where several API processes share
-    an engine each of them drops its running requests at once. It calls `shutdown` in a thread, so
-    waiting there does not hold up the answers being waited for.
-    """
-    shutdown = engine_client.shutdown
-
-    def drained(timeout: float | None = None) -> None:
-        state.eigen_draining = True
-        left = wait_idle(engine_client.get_num_unfinished_requests, timeout or 0.0)
-        shutdown(timeout=None if timeout is None else left)
-
-    engine_client.shutdown = drained
-
-
-def wait_idle(unfinished: Callable[[], int], seconds: float) -> float:
-    """Block until no request is unfinished or the time is over; returns the seconds left."""
-    deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0 and unfinished():
-        time.sleep(0.05)
-    return max(0.0, left)
+            answer = error_response(503, "the server is shutting down", headers)
+            await answer(scope, receive, send)
+            return
+        self._drain.running += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._drain.running -= 1
 
 
 async def bound_shutdown(state: Any, seconds: int = CLOSE_SECONDS) -> None:

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from server import dashboard, routes
-from server.drain import RefuseWhileDraining, bound_shutdown, watch
+from server.drain import Drain, Draining, bound_shutdown
 from server.errors import routing_error
 from server.figures import Figures
 from server.gauges import Gauges
@@ -37,7 +37,8 @@ class KVCacheEndpoints:
         app.include_router(routes.router)
         app.include_router(dashboard.router)
         app.add_middleware(BodyLimit)
-        app.add_middleware(RefuseWhileDraining)
+        app.state.eigen_drain = Drain()
+        app.add_middleware(Draining, drain=app.state.eigen_drain)
         app.add_exception_handler(HTTPException, routing_error)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -46,8 +47,8 @@ class KVCacheEndpoints:
         An engine without such a layout still serves; our routes then answer 503 and say why.
         """
         if engine_client is not None:
-            watch(engine_client, state)
-        state.eigen_drain = asyncio.create_task(bound_shutdown(state))
+            state.eigen_drain.watch(engine_client)
+        state.eigen_shutdown_bound = asyncio.create_task(bound_shutdown(state))
         try:
             figures = await _figures(engine_client)
         except EngineError as error:

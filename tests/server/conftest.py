@@ -21,7 +21,7 @@ KEY = "sk-test-key"
 ROOT_PATH = "/prefix"
 NAME = "tiny"
 MAX_MODEL_LEN = 1024
-POOL_BYTES = 4 << 20
+POOL_BYTES = 16 << 20
 START_SECONDS = 240.0
 COMMON = (
     "--served-model-name", NAME, "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager",

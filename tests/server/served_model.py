@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-LAYERS = ((38, 35), (20, 48), (33, 33))
-"""Key and value rank of each layer; the full rank is 64."""
+LAYERS = ((38, 35), (20, 48), (33, 33)) * 4
+"""Key and value rank of each layer; the full rank is 64. Deep, so that a load lasts seconds."""
 HEADS = 2
 HEAD_SIZE = 64
 HIDDEN = HEADS * HEAD_SIZE

@@ -22,7 +22,7 @@ def generate(server: ServerProcess, count: int) -> list[threading.Thread]:
 
     def one(seed: int) -> None:
         body = {"model": NAME, "prompt": [3 + seed] * 200, "max_tokens": 800, "ignore_eos": True}
-        for _ in range(3):
+        for _ in range(2):
             httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
 
     threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(count)]

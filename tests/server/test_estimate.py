@@ -46,14 +46,14 @@ def test_ratio_and_fp8() -> None:
 
 def test_compressed_checkpoint_brings_its_ranks(checkpoint: Path) -> None:
     config, stored = read_model(str(checkpoint))
-    found = estimate(config, 16 << 20, block_size=128, stored_bytes=stored)
+    found = estimate(config, 64 << 20, block_size=128, stored_bytes=stored)
     assert found.compressed.bytes_per_token == served_model.BYTES_PER_TOKEN
     assert found.uncompressed.bytes_per_token == served_model.FULL_BYTES_PER_TOKEN
     assert found.compressed.weight_bytes == stored
-    counted = estimate(config, 16 << 20, block_size=128).compressed.weight_bytes
+    counted = estimate(config, 64 << 20, block_size=128).compressed.weight_bytes
     assert counted == pytest.approx(stored, rel=0.02)
     with pytest.raises(UsageError, match="compressed already"):
-        estimate(config, 16 << 20, kv_ratio=0.5)
+        estimate(config, 64 << 20, kv_ratio=0.5)
 
 
 @pytest.mark.parametrize(

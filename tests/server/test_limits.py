@@ -6,14 +6,13 @@ import asyncio
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 
-from server.drain import RefuseWhileDraining, wait_idle, watch
+from server.drain import Drain, Draining
 from server.errors import routing_error
 from server.gauges import _VALUES
 from server.limits import BodyLimit
@@ -26,7 +25,8 @@ MONITORING = Path(__file__).resolve().parents[2] / "docker" / "monitoring"
 def app() -> FastAPI:
     app = FastAPI()
     app.add_middleware(BodyLimit, max_bytes=1 << 20, seconds=0.2)
-    app.add_middleware(RefuseWhileDraining)
+    app.state.drain = Drain()
+    app.add_middleware(Draining, drain=app.state.drain)
     app.add_exception_handler(HTTPException, routing_error)
 
     @app.post("/size")
@@ -70,31 +70,38 @@ async def test_a_body_that_does_not_arrive(app: FastAPI) -> None:
     assert answer.json()["error"]["code"] == 408
 
 
-async def test_new_work_is_refused_while_draining(app: FastAPI) -> None:
+async def test_running_work_is_awaited_and_new_work_refused(app: FastAPI) -> None:
     class Engine:
-        unfinished = 3
-        left: Any = None
-
-        def get_num_unfinished_requests(self) -> int:
-            self.unfinished -= 1
-            return self.unfinished
+        left: float | None = None
 
         def shutdown(self, timeout: float | None = None) -> None:
             self.left = timeout
 
+    async def slow():  # type: ignore[no-untyped-def]
+        yield b"x"
+        await asyncio.sleep(0.15)
+        yield b"x"
+
     engine = Engine()
-    watch(engine, app.state)
+    app.state.drain.watch(engine)
     async with client(app) as http:
-        assert (await http.post("/size")).status_code == 200
-        await asyncio.to_thread(engine.shutdown, timeout=5)
-        assert engine.unfinished == 0
-        assert 0 < engine.left < 5
+        running = asyncio.create_task(http.post("/size", content=slow()))
+        await asyncio.sleep(0.05)
+        stopping = asyncio.create_task(asyncio.to_thread(engine.shutdown, timeout=5))
+        await asyncio.sleep(0.05)
+        assert engine.left is None
         assert (await http.post("/size")).status_code == 503
         assert (await http.get("/")).status_code == 200
+        assert (await running).json() == 2
+        await stopping
+        assert engine.left is not None
+        assert 0 < engine.left < 5
 
 
 def test_waiting_is_bounded() -> None:
-    assert wait_idle(lambda: 1, 0.1) == 0.0
+    drain = Drain()
+    drain.running = 1
+    assert drain.wait_idle(0.1) == 0.0
 
 
 def test_grafana_asks_only_for_gauges_there_are() -> None:

@@ -136,4 +136,4 @@ def test_gauges_agree_with_the_api(http: httpx.Client) -> None:
 def test_start_explains_the_pool(plain: ServerProcess) -> None:
     lines = [line for line in plain.log.read_text().splitlines() if "KV pool" in line]
     assert len(lines) == 1
-    assert "3.9 MiB = 5.0k tokens; uncompressed it would hold 2.7k" in lines[0]
+    assert "15.8 MiB = 5.0k tokens; uncompressed it would hold 2.7k" in lines[0]
