@@ -106,7 +106,10 @@ def measure(console: Console, name: str, model: Path, pool_mib: int) -> Measured
     from openai import OpenAI
 
     console.rule(f"{'2/3' if name == 'base' else '3/3'}  serve {name}")
-    options = ("--kv-cache-memory-bytes", str(pool_mib << 20), "--served-model-name", name)
+    options = ["--kv-cache-memory-bytes", str(pool_mib << 20), "--served-model-name", name]
+    if any(" " in place for place in (sys.prefix, str(Path.home()))):
+        console.print("torch's compiler cannot work below a path with spaces: running eagerly")
+        options.append("--enforce-eager")
     log = WORK / f"{name}.log"
     with process.start(model, *options, log=log) as server, console.status("") as status:
         began = time.monotonic()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from calibration.unfold import load_reference
@@ -21,6 +24,10 @@ from vllm_eigen.backend import KERNELS_VARIABLE
 LIMIT = 1e-4
 
 
+@pytest.mark.skipif(
+    any(" " in place for place in (sys.prefix, str(Path.home()))),
+    reason="torch's compiler cannot work below a path with spaces",
+)
 def test_compiled_logits_and_capacity(models: Models) -> None:
     folder = models("llama", "float32", 0.6)
     model = load_reference(folder)

@@ -45,15 +45,20 @@ class Sequence:
 
 @asynccontextmanager
 async def running(
-    client: httpx.AsyncClient, prompts: tuple[int, ...], limit: int, seed: int = 0
+    client: httpx.AsyncClient,
+    prompts: tuple[int, ...],
+    limit: int,
+    seed: int = 0,
+    started: int | None = None,
 ) -> AsyncIterator[list[Sequence]]:
-    """Send one request a prompt length; the block begins once all of them generate."""
+    """Send one request a prompt length; the block begins once `started` (all) of them generate."""
+    enough = len(prompts) if started is None else started
     sequences = [Sequence(seed + i, prompt, limit) for i, prompt in enumerate(prompts)]
     tasks = [asyncio.create_task(one.run(client)) for one in sequences]
     try:
         for _ in range(600):
             failed = [task for task in tasks if task.done()]
-            if failed or all(one.generated > 4 for one in sequences):
+            if failed or sum(one.generated > 4 for one in sequences) >= enough:
                 break
             await asyncio.sleep(0.05)
         yield sequences

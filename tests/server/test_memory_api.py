@@ -92,7 +92,7 @@ async def test_history_and_stream_show_the_load(plain: ServerProcess) -> None:
 async def test_a_full_pool_shows_waiting_requests(plain: ServerProcess) -> None:
     """More than fits: the pool fills, the rest waits or is preempted, and all of it ends."""
     async with httpx.AsyncClient(base_url=plain.url, timeout=120) as client:
-        async with running(client, (700,) * 10, limit=300, seed=50):
+        async with running(client, (700,) * 10, limit=300, seed=50, started=4):
             seen = []
             for _ in range(8):
                 cache = (await client.get("/v1/kv_cache")).json()
