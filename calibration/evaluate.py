@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from calibration.lowrank import LowRankModel
 from calibration.metrics import Comparison, Quality
 from calibration.progress import Reporter
+from calibration.scales import fp8_cache
 from calibration.source import Source, open_source
 from calibration.state import recall_base
 from calibration.tasks import Accuracy, accuracy, read_questions
@@ -24,6 +26,8 @@ from calibration.unfold import load_base, load_reference
 from vllm_eigen.checkpoint import EigenConfig, read_config
 from vllm_eigen.errors import InputError
 
+CacheType = Literal["auto", "fp8"]
+"""Element type of the simulated cache: the model's own, or float8_e4m3."""
 WINDOW = 2048
 """Tokens a window, as in the paper, unless the model takes fewer."""
 
@@ -73,10 +77,13 @@ def evaluate(
     max_tokens: int | None = None,
     tasks: Sequence[Path] = (),
     task_limit: int | None = None,
+    kv_cache_dtype: CacheType = "auto",
 ) -> Evaluation:
     """Compare the checkpoint in `folder` with its base over the whole corpus and on tasks.
 
     Args:
+        kv_cache_dtype: `fp8` rounds the checkpoint's latents as such a cache does; the base's
+            keys and values are never rounded.
         tasks: jsonl files of questions (`calibration.tasks`).
         task_limit: most questions of each.
 
@@ -87,7 +94,8 @@ def evaluate(
     questions = {path.stem: read_questions(path, task_limit) for path in tasks}
     source = find_base(folder, eigen, base)
     reporter.stage("loading", 2)
-    compressed = load_reference(folder, device)
+    load = load_reference if kv_cache_dtype == "auto" else load_with_fp8_cache
+    compressed = load(folder, device)
     reporter.step()
     original = load_base(source, device)
     reporter.step()
@@ -112,6 +120,14 @@ def evaluate(
             accuracy(compressed, source.tokenizer(), items, **options),
         )
     return Evaluation(comparison.result(), eigen, scores)
+
+
+def load_with_fp8_cache(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """The compressed model as a transformers model whose latents are rounded to float8_e4m3."""
+    found = LowRankModel(folder, device)
+    for layer, ranks in zip(found.layers, found.eigen.layers, strict=True):
+        layer.cache = fp8_cache(ranks)
+    return found.model
 
 
 def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:

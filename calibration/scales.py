@@ -1,8 +1,8 @@
 """The scales of an fp8 cache, and what such a cache does to the latents it holds.
 
-A layer's cache stores `k' / k_scale` and `v' / v_scale` in float8_e4m3. The scales bring the largest
-latents of the calibration text just below the type's limit. Finer hardly matters to a floating
-type; latents beyond the limit saturate, as in the kernels.
+A layer's cache stores `k' / k_scale` and `v' / v_scale` in float8_e4m3. The scales bring the
+largest latents of the calibration text just below the type's limit. Finer hardly matters to a
+floating type; latents beyond the limit saturate, as in the kernels.
 """
 
 from __future__ import annotations

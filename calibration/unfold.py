@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from calibration.factors import read_factors
-from calibration.fold import Maps, per_latent, repeat
+from calibration.fold import Maps, Tensors, per_latent, repeat
 from calibration.source import Source, Weights
 from calibration.taps import compress
 from vllm_eigen import checkpoint
@@ -62,36 +62,49 @@ def load_reference(folder: Path, device: torch.device | str = "cpu") -> Any:
 
     Where the projections are untouched, hooks apply the stored bases.
     """
-    eigen = checkpoint.validate(folder)
+    model = bare_model(folder, device)
+    config, eigen = checkpoint.read_config(folder)
     if eigen.projections == "folded":
-        return _build(*unfold(folder), device)
-    config, _ = checkpoint.read_config(folder)
+        return model
     family = family_of(config)
     weights = Weights(folder, family)
-    tensors = {
-        name: weights.get(name) for name in weights if not name.endswith((*_BASES, KEY_BASIS))
-    }
-    model = _build(_base_config(config, family), tensors, device)
     hooks = contextlib.ExitStack()
     for index in range(len(eigen.layers)):
-        path = family.attention_path(index)
-
-        def maps(encoder: str, basis: str, path: str = path) -> Maps:
-            decoder = per_latent(weights.get(f"{path}.{basis}"), eigen.num_latent_heads)
-            return weights.get(f"{path}.{encoder}").float(), decoder.float()
-
         hooks.enter_context(
             compress(
                 model.get_submodule(f"{family.decoder}.{family.layers}.{index}"),
                 family,
                 family.geometry(config),
                 eigen.key_mode,
-                maps(KEY_ENCODER, KEY_BASIS),
-                maps(VALUE_ENCODER, VALUE_BASIS),
+                *read_bases(weights, family.attention_path(index), eigen),
             )
         )
     model.eigen_hooks = hooks  # They live as long as the model.
     return model
+
+
+def bare_model(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """A checkpoint's transformers model in float32, without the bases that stand beside it."""
+    config, eigen = checkpoint.read_config(folder)
+    if eigen.projections == "folded":
+        return _build(*unfold(folder), device)
+    checkpoint.validate(folder)
+    family = family_of(config)
+    weights = Weights(folder, family)
+    tensors = {
+        name: weights.get(name) for name in weights if not name.endswith((*_BASES, KEY_BASIS))
+    }
+    return _build(_base_config(config, family), tensors, device)
+
+
+def read_bases(weights: Tensors, path: str, eigen: EigenConfig) -> tuple[Maps, Maps]:
+    """The maps of keys and of values that stand beside the attention module at `path`, float32."""
+
+    def maps(encoder: str, basis: str) -> Maps:
+        decoder = per_latent(weights.get(f"{path}.{basis}"), eigen.num_latent_heads)
+        return weights.get(f"{path}.{encoder}").float(), decoder.float()
+
+    return maps(KEY_ENCODER, KEY_BASIS), maps(VALUE_ENCODER, VALUE_BASIS)
 
 
 def load_base(source: Source, device: torch.device | str = "cpu") -> Any:

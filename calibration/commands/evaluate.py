@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", nargs="+", type=Path, metavar="FILE", help="jsonl of ctx, choices, gold"
     )
     parser.add_argument("--task-limit", type=int, metavar="N", help="questions of each task")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="fp8: round cached latents as vLLM's fp8 cache does; the base keeps its own",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON only")
 
@@ -47,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             tasks=args.tasks or (),
             task_limit=args.task_limit,
+            kv_cache_dtype=args.kv_cache_dtype,
         )
     quality, eigen = found.quality, found.eigen
     if args.json:
@@ -58,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
             "kl_per_token": quality.kl_per_token,
             "tokens": quality.tokens,
         }
+        if args.kv_cache_dtype != "auto":
+            result["kv_cache_dtype"] = args.kv_cache_dtype
         if found.tasks:
             result["tasks"] = {
                 name: {"base": asdict(base), "eigen": asdict(compressed)}
@@ -71,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"top-1 agreement {quality.top1_agreement:.4f}")
     print(f"KL a token      {quality.kl_per_token:.5f} nats")
     print(f"KV ratio        {eigen.kv_ratio:.4f}")
-    print(f"tokens          {quality.tokens}, offline in transformers, float32")
+    cache = ", fp8 cache" if args.kv_cache_dtype == "fp8" else ""
+    print(f"tokens          {quality.tokens}, offline in transformers, float32{cache}")
     for name, (base, compressed) in found.tasks.items():
         print(
             f"{name:<15} acc {base.acc:.3f} -> {compressed.acc:.3f}, "

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from server.bases import apply_bases
 from server.checks import check_model, check_pool, check_port, check_tls, root_path
 from vllm_eigen.errors import EigenError, EngineError, UsageError
 from vllm_eigen.vllm_version import check_vllm_version
@@ -31,6 +32,7 @@ Serve a model, compressed or not, on vLLM's OpenAI-compatible server, with KV-ca
 MODEL is a folder made by `vllm-eigen calibrate`, any other model folder, or a hub id.
 Every flag of vLLM's server applies; those most in use:
 
+  --eigen-bases DIR          bases to apply over MODEL as it is (`calibrate --bases-only`)
   --host, --port             where to listen (all addresses, 8000)
   --served-model-name NAME   name in the API (the folder's name, or the hub id)
   --max-model-len N          longest sequence in tokens (the model's own)
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-eigen serve", description=HELP))
+    parser.add_argument("--eigen-bases", metavar="DIR")
     parser.set_defaults(shutdown_timeout=DRAIN_SECONDS)
     parsed = parser.parse_args(arguments)
     if parsed.model_tag is None and not _names_model(arguments):
@@ -107,6 +110,7 @@ def prepare(parsed: argparse.Namespace) -> None:
     """
     model = parsed.model_tag or parsed.model
     check_model(model)
+    apply_bases(parsed, model)
     one_device = parsed.tensor_parallel_size == parsed.pipeline_parallel_size == 1
     if one_device and parsed.dtype == "auto" and (parsed.max_model_len or 1) > 0:
         check_pool(model, parsed.kv_cache_memory_bytes, parsed.max_model_len, parsed.kv_cache_dtype)
