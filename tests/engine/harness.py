@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 
+from calibration.methods.base import Basis, LayerBases, tail_loss
+from calibration.source import open_source
+from calibration.write import eigen_config, write_checkpoint
+from vllm_eigen.checkpoint import LayerRanks
+
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
 POOL_BYTES = 64 << 20
 MAX_MODEL_LEN = 2048
@@ -54,6 +59,38 @@ def calibrate(base: Path, folder: Path, text: Path, kv_ratio: float, *options: s
     arguments = ["calibrate", str(base), "--output", str(folder), "--text", str(text)]
     arguments += ["--kv-ratio", str(kv_ratio), "--samples", "16", "--seq-len", "256", "--quiet"]
     assert cli.main([*arguments, *options]) == 0
+    return folder
+
+
+class _Whole(Basis):
+    """A basis that turns its heads even at full rank, where calibration takes the identity."""
+
+    def at(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.encoder[:, :, :rank], self.decoder[:, :rank, :]
+
+
+def turned(base: Path, folder: Path) -> Path:
+    """A full-rank Eigen checkpoint whose heads are rotated at random: same model, other latents."""
+    source = open_source(str(base))
+    heads, size = source.geometry.num_kv_heads, source.geometry.head_size
+    generator = torch.Generator().manual_seed(0)
+
+    def basis() -> Basis:
+        noise = torch.randn(heads, size, size, generator=generator, dtype=torch.float64)
+        encoder = torch.linalg.qr(noise)[0]
+        energy = torch.ones(heads, size, dtype=torch.float64)
+        return _Whole(encoder, encoder.mT.contiguous(), energy, tail_loss(energy))
+
+    layers = [LayerRanks(rank_k=size, rank_v=size)] * source.geometry.num_layers
+    eigen = eigen_config(
+        source,
+        layers,
+        key_mode=source.family.key_modes[0],
+        method="turned",
+        head_group=1,
+        provenance={},
+    )
+    write_checkpoint(source, eigen, [LayerBases(basis(), basis()) for _ in layers], folder)
     return folder
 
 
