@@ -96,9 +96,7 @@ def write_checkpoint(
             "eigen": eigen.model_dump(mode="json"),
         }
         _write_json(folder / "config.json", config)
-        if details is not None:
-            (folder / DETAILS_FILE).write_text(json.dumps(details) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(source, eigen), encoding="utf-8")
+        _describe(folder, source, eigen, details)
         names = [name for name, _ in tensor_shapes(eigen, source.family, 1)]
         names += [*source.weights, *(f"{name}.bias" for name in names)]
         _write_shards(folder, _tensors(source, eigen, bases), names, shard_bytes, step)
@@ -126,9 +124,7 @@ def write_bases(
             eigen=eigen.model_dump(mode="json", exclude_none=True),
         )
         _write_json(folder / BASES_CONFIG_FILE, described.model_dump(mode="json"))
-        if details is not None:
-            (folder / DETAILS_FILE).write_text(json.dumps(details) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(source, eigen), encoding="utf-8")
+        _describe(folder, source, eigen, details)
         names = [name for name, _ in tensor_shapes(eigen, source.family, 1)]
         with TensorFile(folder / BASES_FILE, names) as file:
             for index in range(len(eigen.layers)):
@@ -136,6 +132,15 @@ def write_bases(
                     file.add(name, tensor)
                     step()
         checkpoint.serving_overrides(folder, source.config)
+
+
+def _describe(
+    folder: Path, source: Source, eigen: EigenConfig, details: Mapping[str, Any] | None
+) -> None:
+    """Model card, and what reports draw on."""
+    if details is not None:
+        (folder / DETAILS_FILE).write_text(json.dumps(details) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(source, eigen), encoding="utf-8")
 
 
 def _attention(

@@ -23,6 +23,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from vllm_eigen.files import atomic_file
+
 STDLIB = "stdlib"
 # Sure to be installed wherever the plugin runs, and enough for calibration and evaluation.
 EVALUATION_SOURCES = (STDLIB, "torch", "transformers")
@@ -89,10 +91,8 @@ def write(split: str, path: Path, max_bytes: int) -> int:
             break
         pieces.append(piece)
         size += len(piece)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(pieces), encoding="ascii")
-    temporary.replace(path)
+    with atomic_file(path) as work:
+        work.write_text("".join(pieces), encoding="ascii")
     return size
 
 

@@ -7,9 +7,7 @@ is written names packages, versions and the processor, and no path or host of th
 import copy
 import importlib.metadata
 import json
-import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo.corpus import STDLIB, TRAINING_SOURCES, source_root
+from vllm_eigen.files import atomic_directory
 
 CARD = """---
 license: apache-2.0
@@ -63,10 +62,6 @@ def save(
     provenance: Mapping[str, Any],
 ) -> None:
     """Replace `folder` by one with the model in bfloat16 and everything that belongs to it."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    previous = folder.with_name(f".{folder.name}.{os.getpid()}.previous")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     config = model.config
     half = copy.deepcopy(model).bfloat16()
     half.generation_config = GenerationConfig(
@@ -74,10 +69,6 @@ def save(
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    half.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    (temporary / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
     card = CARD.format(
         parameters=model.num_parameters(),
         layers=config.num_hidden_layers,
@@ -92,11 +83,12 @@ def save(
         perplexity_2048=provenance["heldout"]["perplexity_windows_2048"],
         hardware=provenance["hardware"],
     )
-    (temporary / "README.md").write_text(card)
-    if folder.exists():
-        folder.replace(previous)
-    temporary.replace(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    with atomic_directory(folder, overwrite=True) as work:
+        half.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        (work / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        (work / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        (work / "README.md").write_text(card)
 
 
 def load(folder: Path) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM, dict[str, Any]]:

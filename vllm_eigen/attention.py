@@ -136,6 +136,20 @@ class EigenSelfAttention(nn.Module):
             prefix=stock.attn.layer_name,
             **score_options(stock.attn),
         )
+        self._output = family.o_proj
+        self.add_projections(stock, family, eigen)
+
+    def add_projections(self, stock: Any, family: Family, eigen: EigenConfig) -> None:
+        """Create `qkv_proj`, the output projection under the family's name for it, and the bases.
+
+        Called once the ranks and `attn` are there.
+        """
+        raise NotImplementedError
+
+    def project_out(self, context: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, num_heads * width] to [num_tokens, hidden]."""
+        output, _ = getattr(self, self._output)(context)
+        return output
 
     def add_basis(self, name: str, shape: tuple[int, int, int]) -> None:
         """Create a parameter of `shape` [heads, ...] over all ranks, this rank's heads of it."""
@@ -164,15 +178,8 @@ class EigenSelfAttention(nn.Module):
 class FoldedSelfAttention(EigenSelfAttention):
     """Attention whose projections make and read latents directly: nothing is left to do."""
 
-    def __init__(
-        self,
-        stock: Any,
-        family: Family,
-        eigen: EigenConfig,
-        layer: int,
-        vllm_config: VllmConfig,
-    ) -> None:
-        super().__init__(stock, family, eigen, layer, vllm_config)
+    def add_projections(self, stock: Any, family: Family, eigen: EigenConfig) -> None:
+        """Projections of the latents' widths, and the key basis where keys are rebuilt."""
         prefix = stock.attn.layer_name.rpartition(".")[0]
         stock_output: RowParallelLinear = getattr(stock, family.o_proj)
         hidden_size = stock_output.output_size
@@ -193,7 +200,6 @@ class FoldedSelfAttention(EigenSelfAttention):
             prefix=f"{prefix}.{family.o_proj}",
         )
         self.add_module(family.o_proj, output)
-        self._output = family.o_proj
         if eigen.key_mode == "pre-rope":
             self.add_basis(KEY_BASIS, (eigen.num_kv_heads, self.ranks.rank_k, eigen.head_size))
             self.rebuild_keys()
@@ -207,8 +213,7 @@ class FoldedSelfAttention(EigenSelfAttention):
         if self.rotary_emb is not None:
             # vLLM's CPU kernel stores aligned vectors: rows must not begin at odd widths.
             query, _ = self.rotary_emb(positions, query.contiguous(), None)
-        output, _ = getattr(self, self._output)(self.attn(query, key, value))
-        return output
+        return self.project_out(self.attn(query, key, value))
 
 
 class UntouchedSelfAttention(EigenSelfAttention):
@@ -218,21 +223,13 @@ class UntouchedSelfAttention(EigenSelfAttention):
     post-rope mode after rotation.
     """
 
-    def __init__(
-        self,
-        stock: Any,
-        family: Family,
-        eigen: EigenConfig,
-        layer: int,
-        vllm_config: VllmConfig,
-    ) -> None:
-        super().__init__(stock, family, eigen, layer, vllm_config)
+    def add_projections(self, stock: Any, family: Family, eigen: EigenConfig) -> None:
+        """The stock projections, norms and clip, and all four bases."""
         self.qkv_proj = stock.qkv_proj
         self.q_norm: Any = getattr(stock, "q_norm", None)
         self.k_norm: Any = getattr(stock, "k_norm", None)
         self.clip_qkv: float | None = getattr(stock, "clip_qkv", None)
         self.add_module(family.o_proj, getattr(stock, family.o_proj))
-        self._output = family.o_proj
         self._widths = [
             self.num_heads * self.head_size,
             self.num_kv_heads * self.head_size,
@@ -265,9 +262,7 @@ class UntouchedSelfAttention(EigenSelfAttention):
             _per_head(key, self.basis(KEY_ENCODER), latent_heads),
             _per_head(value, self.basis(VALUE_ENCODER), latent_heads),
         )
-        context = _per_head(context, self.basis(VALUE_BASIS), self.num_heads)
-        output, _ = getattr(self, self._output)(context)
-        return output
+        return self.project_out(_per_head(context, self.basis(VALUE_BASIS), self.num_heads))
 
 
 def _per_head(rows: torch.Tensor, maps: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -72,12 +72,11 @@ class Family:
         """Dotted path of a layer's attention module, e.g. `model.layers.3.self_attn`."""
         return f"{self.decoder}.{self.layers}.{layer}.{self.attention}"
 
-    def geometry(self, config: Mapping[str, Any]) -> Geometry:
-        """Head counts and sizes from a `config.json` dictionary.
+    def check_required(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model with an option that the description does not cover.
 
         Raises:
-            UnsupportedModelError: a needed field is missing or has a value that is not supported,
-                or the sizes do not divide.
+            UnsupportedModelError: names the option.
         """
         for name, wanted in self.required:
             found = _field(config, name)
@@ -86,6 +85,15 @@ class Family:
                     f"config.json of {self.architecture}: {name}={str(found).lower()} is not "
                     f"supported; supported: {str(wanted).lower()}"
                 )
+
+    def geometry(self, config: Mapping[str, Any]) -> Geometry:
+        """Head counts and sizes from a `config.json` dictionary.
+
+        Raises:
+            UnsupportedModelError: a needed field is missing or has a value that is not supported,
+                or the sizes do not divide.
+        """
+        self.check_required(config)
         try:
             hidden_size = int(config.get("hidden_size") or config["d_model"])
             num_heads = int(config.get("num_attention_heads") or config["n_heads"])

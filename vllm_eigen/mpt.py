@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_eigen.errors import UnsupportedModelError
+from vllm_eigen.families import family_of
 from vllm_eigen.vllm_internals import (
     Attention,
     AutoWeightsLoader,
@@ -47,23 +47,6 @@ def alibi_slopes(num_heads: int, bias_max: float = 8.0) -> list[float]:
     if rounded == num_heads:
         return slopes
     return (slopes[1::2] + slopes[::2])[:num_heads]
-
-
-def check_supported(config: Any) -> None:
-    """Refuse the MPT options that no public checkpoint of ours to test has.
-
-    Raises:
-        UnsupportedModelError: names the option.
-    """
-    attention = config.attn_config
-    for name, wanted in (("prefix_lm", False), ("qk_ln", False), ("alibi", True)):
-        if bool(getattr(attention, name)) is not wanted:
-            raise UnsupportedModelError(
-                f"MPT with attn_config.{name}={not wanted} is not supported; "
-                f"supported: {name}={wanted}"
-            )
-    if not config.no_bias:
-        raise UnsupportedModelError("MPT with biases is not supported; supported: no_bias=True")
 
 
 class MPTAttention(nn.Module):
@@ -214,7 +197,8 @@ class MPTForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.model_config.hf_config
-        check_supported(self.config)
+        config = self.config.to_dict()
+        family_of(config).check_required(config)
         self.transformer = MPTModel(
             vllm_config=vllm_config, prefix=maybe_prefix(prefix, "transformer")
         )

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from tests.kernels.cases import Case, expected, make, run, tolerance
-from vllm_eigen.kernels import build
 from vllm_eigen.kernels.cpu import CpuKernels
 
 FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -52,9 +51,7 @@ def random_case(seed: int) -> Case:
 
 def main(isa: str, count: int) -> None:
     """Compare `count` cases with float64, so that the accesses are the real ones."""
-    library = build.library
-    build.library = lambda level: library(level, FLAGS)  # type: ignore[assignment, misc]
-    kernels = CpuKernels(isa)
+    kernels = CpuKernels(isa, FLAGS)
     for seed in range(count):
         case = random_case(seed)
         problem = make(case)

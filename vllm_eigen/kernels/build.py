@@ -68,7 +68,7 @@ def chosen_isa() -> str:
     return named or supported[0]
 
 
-def library(isa: str, extra_flags: tuple[str, ...] = ()) -> Path:
+def compiled(isa: str, extra_flags: tuple[str, ...] = ()) -> Path:
     """Path of the compiled kernels for `isa`, building them if this user has none yet.
 
     `extra_flags` go to the compiler and the linker (sanitizers). Processes that build at once

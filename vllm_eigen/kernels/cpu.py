@@ -110,14 +110,16 @@ class CpuKernels:
 
     name = "cpu"
 
-    def __init__(self, isa: str | None = None) -> None:
+    def __init__(self, isa: str | None = None, extra_flags: tuple[str, ...] = ()) -> None:
         """Load the library for `isa` (default: VLLM_EIGEN_CPU_ISA, else the machine's best).
+
+        `extra_flags` go to the compiler and the linker (sanitizers).
 
         Raises:
             KernelError: it cannot be built or loaded here.
         """
         self.isa = isa or build.chosen_isa()
-        path = build.library(self.isa)
+        path = build.compiled(self.isa, extra_flags)
         try:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
