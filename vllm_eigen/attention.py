@@ -252,8 +252,11 @@ class UntouchedSelfAttention(EigenSelfAttention):
             query = self.q_norm(query.reshape(-1, self.head_size)).view(query.shape)
             key = self.k_norm(key.reshape(-1, self.head_size)).view(key.shape)
         if self.rotary_emb is not None:
-            rotated = key if self.key_mode == "post-rope" else None
-            query, _ = self.rotary_emb(positions, query, rotated)
+            # In a compiled graph nothing is rotated in place: only what is returned counts.
+            if self.key_mode == "post-rope":
+                query, key = self.rotary_emb(positions, query, key)
+            else:
+                query, _ = self.rotary_emb(positions, query, None)
         if self.key_mode != "pre-rope":
             query = _per_head(query, self.basis(KEY_BASIS).mT, self.num_heads)
         latent_heads = self.attn.num_kv_heads

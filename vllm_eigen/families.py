@@ -34,8 +34,8 @@ class Family:
         qkv_proj: name of the fused projection that holds queries, keys and values in the base
             checkpoint, if they are fused there; Eigen checkpoints have them apart.
         aliases: other names of the architecture in `config.json`.
-        required: configuration fields (dotted) that must have a value for the model to be what
-            the description says.
+        required: configuration fields (dotted) that must have a value, where they are given, for
+            the model to be what the description says.
     """
 
     model_type: str
@@ -52,7 +52,7 @@ class Family:
     k_norm: str = ""
     qkv_proj: str = ""
     aliases: tuple[str, ...] = ()
-    required: tuple[tuple[str, bool], ...] = ()
+    required: tuple[tuple[str, bool | int], ...] = ()
 
     @property
     def eigen_architecture(self) -> str:
@@ -80,7 +80,7 @@ class Family:
         """
         for name, wanted in self.required:
             found = _field(config, name)
-            if found is not None and bool(found) is not wanted:
+            if found is not None and found != wanted:
                 raise UnsupportedModelError(
                     f"config.json of {self.architecture}: {name}={str(found).lower()} is not "
                     f"supported; supported: {str(wanted).lower()}"
@@ -177,6 +177,8 @@ FAMILIES: tuple[Family, ...] = (
             ("attn_config.prefix_lm", False),
             ("attn_config.qk_ln", False),
             ("no_bias", True),
+            # transformers builds this width whatever the config says, and vLLM would cut weights.
+            ("expansion_ratio", 4),
         ),
     ),
 )

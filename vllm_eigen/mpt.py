@@ -183,7 +183,7 @@ class MPTModel(nn.Module):
 
 
 class MPTForCausalLM(nn.Module, SupportsPP):
-    """MPT with its (tied) language-model head."""
+    """MPT with its language-model head, tied to the embeddings or not."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_substr={".Wqkv.": ".qkv_proj."},
@@ -205,7 +205,8 @@ class MPTForCausalLM(nn.Module, SupportsPP):
         self.lm_head = ParallelLMHead(
             self.config.vocab_size, self.config.d_model, prefix=maybe_prefix(prefix, "lm_head")
         )
-        self.lm_head = self.lm_head.tie_weights(self.transformer.wte)
+        if self.config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.transformer.wte)
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
         self.make_empty_intermediate_tensors = self.transformer.make_empty_intermediate_tensors
 

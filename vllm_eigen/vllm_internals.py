@@ -163,3 +163,8 @@ def rotary_cos_sin(rotary: Any) -> dict[str, Any]:
         "rotary_dim": int(rotary.rotary_dim),
         "is_neox_style": bool(rotary.is_neox_style),
     }
+
+
+def stop_engine(llm: Any) -> None:
+    """End the engine behind a `vllm.LLM` and its processes; vLLM waits for the collector."""
+    llm.llm_engine.engine_core.shutdown()

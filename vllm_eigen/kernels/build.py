@@ -142,14 +142,15 @@ def _fingerprint(compiler: str, flags: tuple[str, ...], runtime: str | None) -> 
 
 
 def _openmp_runtime() -> str | None:
-    """The OpenMP library this process has loaded already (with torch), if any."""
+    """The OpenMP library that torch has loaded into this process, or any other one, if any."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
         return None
     paths = re.findall(r"(/\S*/lib[gi]?omp[^/\s]*\.so\S*)$", maps, re.MULTILINE)
     gomp = [path for path in paths if "/libgomp" in path]
-    return next(iter(gomp), None)
+    # Other packages (sentencepiece) bring copies of their own, with threads nobody has bound.
+    return next((path for path in gomp if "/torch" in path), next(iter(gomp), None))
 
 
 def _cache_folder() -> Path:
