@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 
 from calibration.methods.base import Batch, Statistic
-from calibration.moments import add_outer, rotate
+from calibration.moments import add_outer, add_per_head, rotate
 from vllm_eigen.families import Geometry
 
 
@@ -48,6 +49,26 @@ class KeySensitivity(RotatedKeySensitivity):
 
     name = "key_sensitivity"
     back = True
+
+
+class QuerySensitivity(Statistic):
+    """sum f^T f of every query head, f_t = d(sum_t u_t . out_t) / d(query_t), without rotation.
+
+    A map M of keys, k_hat = k M, changes the output of token t by u_t . out_t = f_t M^T q_t exactly
+    to first order, f_t being a sum over all keys that t attends to. What is common to these keys
+    drops out of f, as it does out of the softmax; a sum over single keys cannot know that.
+    """
+
+    name = "query_sensitivity"
+    needs_probabilities = True
+
+    def shape(self, geometry: Geometry) -> tuple[int, ...]:
+        """[num_heads, head_size, head_size]."""
+        return (geometry.num_heads, geometry.head_size, geometry.head_size)
+
+    def update(self, total: torch.Tensor, batch: Batch) -> None:
+        """Add a batch."""
+        add_per_head(total, query_gradient(batch))
 
 
 class ValueSensitivity(Statistic):
@@ -126,16 +147,32 @@ def key_gradient(batch: Batch) -> torch.Tensor:
     With y = W_o^T u: d(logit)_ts = p_ts (y_t . v_s - y_t . c_t), g_s = sum_t d(logit)_ts q_t,
     times the softmax scale.
     """
-    weights, target = batch.attention(), cotangent(batch)
     query = rotate(batch.query, batch.cos, batch.sin)
     gradient = torch.empty_like(query)
-    shared = query.shape[2] // batch.value.shape[2]
-    for head in range(query.shape[2]):
+    for head, score in enumerate(_score_gradients(batch)):
+        gradient[:, :, head] = score.mT @ query[:, :, head]
+    return _share(gradient, batch.value.shape[2]) / math.sqrt(query.shape[-1])
+
+
+def query_gradient(batch: Batch) -> torch.Tensor:
+    """f of the queries after the rotary embedding, [batch, length, num_heads, head_size]."""
+    key = rotate(batch.key, batch.cos, batch.sin)
+    gradient = torch.empty_like(batch.query)
+    shared = batch.query.shape[2] // key.shape[2]
+    for head, score in enumerate(_score_gradients(batch)):
+        gradient[:, :, head] = score @ key[:, :, head // shared]
+    return gradient / math.sqrt(key.shape[-1])
+
+
+def _score_gradients(batch: Batch) -> Iterator[torch.Tensor]:
+    """d(sum_t u_t . out_t) / d(logit_ts) of one query head after the other, [batch, t, s]."""
+    weights, target = batch.attention(), cotangent(batch)
+    shared = target.shape[2] // batch.value.shape[2]
+    for head in range(target.shape[2]):
         aim = target[:, :, head]
         score = aim @ batch.value[:, :, head // shared].mT
         score -= (aim * batch.context[:, :, head]).sum(-1, keepdim=True)
-        gradient[:, :, head] = (score * weights[:, head]).mT @ query[:, :, head]
-    return _share(gradient, batch.value.shape[2]) / math.sqrt(query.shape[-1])
+        yield score * weights[:, head]
 
 
 def _share(gradient: torch.Tensor, num_kv_heads: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from calibration.state import LayerResult, State
 from calibration.stream import Skeleton, Stream
 from calibration.taps import capture, compress
 from vllm_eigen.checkpoint import LayerRanks
+from vllm_eigen.errors import InputError
 from vllm_eigen.families import KeyMode
 
 PROBE_TOKENS = 2048
@@ -56,7 +57,11 @@ class LayerPass:
         self._geometry = skeleton.source.geometry
 
     def run(self, stream: Stream, state: State, reporter: Reporter) -> list[LayerResult]:
-        """Results of all layers; those that `state` holds already are only streamed through."""
+        """Results of all layers; those that `state` holds already are only streamed through.
+
+        Raises:
+            InputError: a layer's output is not finite.
+        """
         layers = self._skeleton.num_layers
         reporter.stage("calibrating", layers * (stream.batches + 1))
         results: list[LayerResult] = []
@@ -68,8 +73,10 @@ class LayerPass:
                 # As a resumed run would have it: strides, too, change the last bit of a product.
                 found = state.save(index, found)
             elif index + 1 < layers:
-                for _ in stream.advance(index, layer):
-                    reporter.step()
+                # In the same way as it was found: the last bit depends on it.
+                with self._skeleton.probabilities(layer):
+                    for _ in stream.advance(index, layer):
+                        reporter.step()
             reporter.step()
             results.append(found)
         return results
@@ -84,9 +91,17 @@ class LayerPass:
             self._geometry,
             self._skeleton.device,
         )
-        with capture(layer, self._family, self._geometry, accumulator.add):
+        with (
+            self._skeleton.probabilities(layer),
+            capture(layer, self._family, self._geometry, accumulator.add),
+        ):
             for _ in stream.advance(index, layer):
                 reporter.step()
+        if not all(bool(torch.isfinite(window).all()) for window in stream.hidden):
+            raise InputError(
+                f"{self._skeleton.source.folder}: layer {index} gives NaN or infinity; its weights "
+                "are damaged or too large for float32"
+            )
         exact = stream.hidden[:count]
         bases = self._bases(index, layer, accumulator.moments())
         scale = torch.linalg.vector_norm(exact, dtype=torch.float64).clamp(min=1e-300)

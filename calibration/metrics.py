@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_eigen.errors import InputError
+
 _ROWS = 256
 """Positions compared at a time: a vocabulary of 128k makes 128 MiB of float32 of them."""
 
@@ -18,7 +20,8 @@ class Quality:
     Attributes:
         base_perplexity, eigen_perplexity: exp of the mean negative log-likelihood.
         top1_agreement: share of positions where both models' likeliest tokens are the same.
-        kl_per_token: mean KL(base || eigen) of the next-token distributions, in nats.
+        kl_per_token: mean KL(base || eigen) of the next-token distributions, in nats; nan where
+            it was not measured.
         tokens: predicted tokens, one fewer a window than it has.
     """
 
@@ -37,7 +40,11 @@ class Comparison:
         self._agree = self._tokens = 0
 
     def add(self, base: torch.Tensor, eigen: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Add logits [batch, length, vocab_size] of both models for tokens [batch, length]."""
+        """Add logits [batch, length, vocab_size] of both models for tokens [batch, length].
+
+        Raises:
+            InputError: they hold NaN or infinity.
+        """
         targets = tokens[:, 1:].reshape(-1).to(base.device)
         pairs = zip(
             torch.split(base[:, :-1].flatten(0, 1), _ROWS),
@@ -46,13 +53,36 @@ class Comparison:
             strict=True,
         )
         for left, right, target in pairs:
+            for name, logits in (("base", left), ("compressed", right)):
+                if not bool(torch.isfinite(logits).all()):
+                    raise InputError(
+                        f"the {name} model's output holds NaN or infinity; its weights are damaged "
+                        "or too large for float32"
+                    )
             p = left.float().log_softmax(-1)
             q = right.float().log_softmax(-1)
-            self._base -= p.gather(-1, target[:, None]).double().sum().item()
-            self._eigen -= q.gather(-1, target[:, None]).double().sum().item()
-            self._kl += (p.exp() * (p - q)).double().sum().item()
-            self._agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-            self._tokens += len(target)
+            self.add_scores(
+                p.gather(-1, target[:, None]),
+                q.gather(-1, target[:, None]),
+                p.argmax(-1) == q.argmax(-1),
+                divergence(p, q),
+            )
+
+    def add_scores(
+        self, base: torch.Tensor, eigen: torch.Tensor, agree: torch.Tensor, kl: float
+    ) -> None:
+        """Add what is known of some positions.
+
+        Args:
+            base, eigen: log-probabilities of the tokens that follow, in nats.
+            agree: whether both models' likeliest tokens are the same, per position.
+            kl: the divergences' sum; nan where it is not known.
+        """
+        self._base -= base.double().sum().item()
+        self._eigen -= eigen.double().sum().item()
+        self._agree += int(agree.sum())
+        self._kl += kl
+        self._tokens += agree.numel()
 
     def result(self) -> Quality:
         """The averages so far; at least one token must have been added."""
@@ -61,9 +91,14 @@ class Comparison:
             _perplexity(self._base / count),
             _perplexity(self._eigen / count),
             self._agree / count,
-            max(0.0, self._kl / count),
+            self._kl / count if math.isnan(self._kl) else max(0.0, self._kl / count),
             self._tokens,
         )
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Sum of KL(p || q) over rows of log-probabilities [positions, vocab_size], in nats."""
+    return (p.exp() * (p - q)).double().sum().item()
 
 
 def _perplexity(loss: float) -> float:

@@ -28,6 +28,7 @@ class Options:
         length: tokens a window; cut to the most the model takes.
         method, key_mode, head_group: the method's name and, if not None, other than its own
             key-cache mode and number of KV heads to a latent head.
+        refit: fit the output projections to the compressed heads; None for what the method likes.
         bases_only: write the bases alone, to be applied over the untouched base model.
         resume: take up what an interrupted run with the same options left.
         provenance: the record of this process, without its results.
@@ -48,6 +49,7 @@ class Options:
     key_mode: KeyMode | None = None
     head_group: int | None = None
     device: str = "auto"
+    refit: bool | None = None
     bases_only: bool = False
     overwrite: bool = False
     resume: bool = False
@@ -71,6 +73,11 @@ class Options:
         if self.error_budget is not None and not 0 <= self.error_budget < 1:
             raise UsageError(
                 f"--error-budget {self.error_budget:g} is out of range; it lies from 0 to below 1"
+            )
+        if self.refit and self.bases_only:
+            raise UsageError(
+                "--refit changes output projections, which --bases-only leaves to the base model; "
+                "drop one of them"
             )
         for name, value, least in (
             ("--samples", self.samples, 1),

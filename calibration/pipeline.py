@@ -1,15 +1,16 @@
 """The calibration from text to checkpoint, stage by stage.
 
-    text -> moments -> bases -> ranks -> folded checkpoint
+    text -> moments -> bases -> ranks -> refit -> folded checkpoint
 
-One pass streams the text through the layers (`layers`); then the ranks are chosen, measured on
-held-out windows, and written.
+One pass streams the text through the layers (`layers`); then the ranks are chosen, a second pass
+refits the output projections to them, and all is measured on held-out windows and written.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from calibration.choose import choose_ranks, curve_rule
@@ -20,6 +21,7 @@ from calibration.methods.base import LayerBases, Method
 from calibration.options import Options
 from calibration.predict import Prediction, predict
 from calibration.progress import Reporter
+from calibration.refit import refit, share, wanted
 from calibration.scales import fit_scales
 from calibration.source import Source, open_source
 from calibration.state import State, remember_base
@@ -65,17 +67,16 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
         resume=options.resume,
         provenance=options.provenance,
     )
-    stream = Stream(
+    open_stream = partial(
+        Stream,
         skeleton,
-        windows.chosen,
         spill_limit=SPILL_LIMIT if options.spill_limit is None else options.spill_limit,
         spill_folder=state.folder,
     )
     layer_pass = LayerPass(
         skeleton, method, key_mode, head_group, curve_rule(options, method.rank_rule)
     )
-    results = layer_pass.run(stream, state, reporter)
-    del stream
+    results = layer_pass.run(open_stream(windows.chosen), state, reporter)
     bases = [result.bases for result in results]
     ranks, choice = choose_ranks(
         options,
@@ -88,12 +89,36 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
         reporter,
     )
     losses = choice.pop("loss_curves", None)
+    spectrum = [_spectrum(item) for item in bases]
+    compressed = skeleton
+    choice["refit"] = wanted(options, method)
+    if choice["refit"]:
+        tokens = share(skeleton, windows.chosen)
+        bases, compressed = refit(
+            skeleton,
+            open_stream(tokens),
+            open_stream(tokens),
+            bases,
+            ranks,
+            key_mode,
+            head_group,
+            state,
+            reporter,
+        )
     reporter.stage("scaling", skeleton.num_layers)
-    ranks = fit_scales(skeleton, windows.chosen, bases, ranks, key_mode, reporter.step)
+    ranks = fit_scales(compressed, windows.chosen, bases, ranks, key_mode, reporter.step)
     measured: dict[str, Any] = {}
     if len(windows.held_out):
         reporter.stage("measuring", skeleton.num_layers)
-        quality = measure(skeleton, windows.held_out, bases, ranks, key_mode, reporter.step)
+        quality = measure(
+            skeleton,
+            windows.held_out,
+            bases,
+            ranks,
+            key_mode,
+            reporter.step,
+            compressed=compressed,
+        )
         measured = asdict(quality)
     eigen = eigen_config(
         source,
@@ -118,11 +143,11 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
     reporter.stage("writing", len(source.weights))
     write = write_bases if options.bases_only else write_checkpoint
     write(
-        source,
+        compressed.source,
         eigen,
         bases,
         options.output,
-        details={"spectrum": [_spectrum(item) for item in bases], "loss_curves": losses},
+        details={"spectrum": spectrum, "loss_curves": losses},
         overwrite=options.overwrite,
         step=reporter.step,
     )

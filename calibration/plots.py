@@ -1,4 +1,4 @@
-"""The figures of a report as PNG files: spectra, ranks, loss curves, quality against KV bytes."""
+"""The figures of a report as PNG files: spectra, ranks, losses, quality against what it costs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from calibration import sweep
 from vllm_eigen.checkpoint import EigenConfig
 
 _KEY, _VALUE = "#1f5fa8", "#c4572e"
@@ -99,6 +100,49 @@ def quality(path: Path, points: Sequence[Point]) -> None:
     axis.axhline(0, color="0.4", linewidth=1)
     axis.set(xlabel="KV bytes relative to the base model", ylabel="perplexity increase, %")
     axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def bytes_curve(path: Path, points: Sequence[sweep.Point]) -> None:
+    """Perplexity against KV bytes, with a 16-bit and with an fp8 cache (paper, Fig. 3)."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    base = points[0].quality.base_perplexity
+    for fp8, label, color in ((False, "16-bit cache", _KEY), (True, "fp8 cache", _VALUE)):
+        mine = sorted((p.bytes_ratio, p.quality.eigen_perplexity) for p in points if p.fp8 == fp8)
+        axis.plot([x for x, _ in mine], [y for _, y in mine], "o-", color=color, label=label)
+    axis.axhline(base, color="0.4", linestyle="--", linewidth=1, label="base model")
+    axis.set(xlabel="KV bytes relative to the base model's at 16 bits", ylabel="perplexity")
+    axis.set(xlim=(0, None))
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def samples_curve(path: Path, points: Sequence[sweep.Point]) -> None:
+    """Perplexity against the number of calibration windows (paper, Fig. 4)."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    counts = [point.samples for point in points]
+    found = [point.quality.eigen_perplexity for point in points]
+    label = f"KV ratio {points[-1].kv_ratio:.2f}"
+    axis.plot(counts, found, "o-", color=_KEY, label=label)
+    base = points[0].quality.base_perplexity
+    axis.axhline(base, color="0.4", linestyle="--", linewidth=1, label="base model")
+    axis.set(xlabel="calibration windows", ylabel="perplexity", xscale="log")
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def healing(path: Path, losses: Sequence[tuple[int, float]]) -> None:
+    """Held-out perplexity while fine-tuning, from its log (paper, Fig. 4)."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    steps = [step for step, _ in losses]
+    axis.plot(steps, np.exp([loss for _, loss in losses]), "o-", color=_KEY, ms=4)
+    axis.set(xlabel="fine-tuning steps", ylabel="held-out perplexity", xlim=(0, None))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     _save(figure, path)
 

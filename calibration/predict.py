@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from calibration import scales
 from calibration.methods.base import Method
 from calibration.source import Source
 from calibration.stream import BATCH_TOKENS, SPILL_LIMIT, auto_config, auto_model
@@ -21,6 +22,8 @@ _RESIDENT = {"cpu": 450 << 20, "cuda": 1200 << 20}
 """Bytes that Python, torch and transformers take before anything is loaded."""
 _OVERHEAD_SECONDS = 8.0
 """Imports, tokenizing, writing: what a calibration takes however small the model."""
+_HELD_OUT = 8
+"""Windows that the result is measured on."""
 _EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a layer reaches."""
 
@@ -94,7 +97,11 @@ def predict(
     peak += (scores if eager or source.family.qkv_proj else 0) + hidden - spilled
 
     probes = _probe_passes(method, kv_ratio, geometry.num_layers)
-    flops = 2.0 * (total - outside) * (tokens + probes * 2048)
+    # After the ranks: the refit's passes, some windows for the scales, the held-out ones twice.
+    refits = method.refit and (kv_ratio is None or kv_ratio < 1)
+    after = 3 * tokens * refits
+    after += min(tokens, max(scales.TOKENS, length)) + 2 * _HELD_OUT * length
+    flops = 2.0 * (total - outside) * (tokens + probes * 2048 + after)
     flops += 4.0 * geometry.num_layers * tokens * length * geometry.num_heads * geometry.head_size
     speed = _EFFICIENCY * _flops_per_second(device)
     return Prediction(

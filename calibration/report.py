@@ -1,15 +1,20 @@
-"""`vllm-eigen report`: a page about one checkpoint, or about several of the same base model."""
+"""`vllm-eigen report`: a page about one checkpoint, or about several of the same base model.
+
+Figures come from what calibration and fine-tuning left in the checkpoints, and from a sweep where
+one was measured (`sweep`).
+"""
 
 from __future__ import annotations
 
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from calibration import plots
+from calibration.sweep import Point
 from calibration.write import DETAILS_FILE
 from vllm_eigen.checkpoint import EigenConfig, validate
 from vllm_eigen.errors import CheckpointError
@@ -35,23 +40,46 @@ class _Checkpoint:
     details: dict[str, Any]
 
 
-def write_report(folders: Sequence[Path], output: Path, *, overwrite: bool = False) -> Path:
+@dataclass(frozen=True)
+class Measured:
+    """What was measured for a report.
+
+    Attributes:
+        ratios, samples: points of the two sweeps, empty where not asked for.
+        about: one line on text and conditions.
+        provenance: record of the process.
+    """
+
+    ratios: Sequence[Point]
+    samples: Sequence[Point]
+    about: str
+    provenance: dict[str, Any]
+
+
+def write_report(
+    folders: Sequence[Path],
+    output: Path,
+    *,
+    measured: Measured | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write `index.html` and its PNG files to `output`; returns the page.
+
+    A sweep's points go to `sweep.json` beside it.
 
     Raises:
         CheckpointError: a folder is no checkpoint, or they are of different base models.
         OutputError: `output` exists or cannot be written.
     """
-    checkpoints = [_read(folder) for folder in folders]
-    bases = {item.eigen.provenance.get("base", {}).get("fingerprint") for item in checkpoints}
-    if len(bases) > 1:
-        raise CheckpointError("the checkpoints are of different base models; report on one at once")
+    checkpoints = read_checkpoints(folders)
     with atomic_directory(output, overwrite=overwrite) as work:
         body = [_summary(checkpoints)]
         points = _points(checkpoints)
         if len(points) > 1:
             plots.quality(work / "quality.png", points)
             body.append(_figure("quality.png", "Perplexity increase against KV bytes"))
+        if measured is not None:
+            body += _sweep(work, measured)
         for number, item in enumerate(checkpoints):
             body += _section(work, number, item)
         title = f"{_base(checkpoints[0])}: low-rank KV cache"
@@ -62,6 +90,19 @@ def write_report(folders: Sequence[Path], output: Path, *, overwrite: bool = Fal
         )
         (work / "index.html").write_text(page, encoding="utf-8")
     return output / "index.html"
+
+
+def read_checkpoints(folders: Sequence[Path]) -> list[_Checkpoint]:
+    """The checkpoints of a report.
+
+    Raises:
+        CheckpointError: a folder is no checkpoint, or they are of different base models.
+    """
+    checkpoints = [_read(folder) for folder in folders]
+    bases = {item.eigen.provenance.get("base", {}).get("fingerprint") for item in checkpoints}
+    if len(bases) > 1:
+        raise CheckpointError("the checkpoints are of different base models; report on one at once")
+    return checkpoints
 
 
 def _read(folder: Path) -> _Checkpoint:
@@ -89,6 +130,11 @@ def _section(work: Path, number: int, item: _Checkpoint) -> list[str]:
         plots.losses(work / f"losses-{number}.png", details["loss_curves"], full)
         caption = "Loss of the model's output when one layer alone is compressed"
         parts.append(_figure(f"losses-{number}.png", caption))
+    healed = eigen.provenance.get("finetune") or {}
+    if healed.get("losses"):
+        plots.healing(work / f"healing-{number}.png", healed["losses"])
+        parts.append(_figure(f"healing-{number}.png", "Perplexity against fine-tuning steps"))
+        parts.append(f"<p>On windows held out of {html.escape(str(healed.get('text', '')))}.</p>")
     command = eigen.provenance.get("command", "")
     parts.append(f"<p>Made by <code>{html.escape(str(command))}</code>.</p>")
     return parts
@@ -107,13 +153,52 @@ def _summary(checkpoints: Sequence[_Checkpoint]) -> str:
             cells += [f"{found['kl_per_token']:.5f}"]
         else:
             cells += ["-"] * 5
-        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
-    table = "".join(f"<tr>{row}</tr>" for row in rows)
-    titles = "".join(f"<th>{name}</th>" for name in head.split("|"))
+        rows.append(cells)
     return (
-        f"<table><tr>{titles}</tr>{table}</table><p>Measured at calibration on held-out windows "
+        f"{_rows(head, rows)}<p>Measured at calibration on held-out windows "
         "of its text, offline in transformers' layers, float32.</p>"
     )
+
+
+def _sweep(work: Path, measured: Measured) -> list[str]:
+    parts = []
+    if measured.ratios:
+        plots.bytes_curve(work / "bytes.png", measured.ratios)
+        parts += [_figure("bytes.png", "Perplexity against KV bytes"), _table(measured.ratios)]
+    if measured.samples:
+        plots.samples_curve(work / "samples.png", measured.samples)
+        caption = "Perplexity against calibration windows"
+        parts += [_figure("samples.png", caption), _table(measured.samples)]
+    record: dict[str, Any] = {"about": measured.about, "provenance": measured.provenance}
+    for name in ("ratios", "samples"):
+        record[name] = [asdict(point) for point in getattr(measured, name)]
+    (work / "sweep.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return [*parts, f"<p>{html.escape(measured.about)}</p>"]
+
+
+def _table(points: Sequence[Point]) -> str:
+    rows = [
+        [
+            f"{point.kv_ratio:.3f}",
+            "fp8" if point.fp8 else "16 bits",
+            f"{point.bytes_ratio:.3f}",
+            str(point.samples),
+            f"{point.quality.eigen_perplexity:.4f}",
+            f"{point.increase:+.2%}",
+            f"{point.quality.top1_agreement:.4f}",
+            f"{point.quality.kl_per_token:.5f}",
+        ]
+        for point in points
+    ]
+    return _rows("KV ratio|cache|KV bytes|windows|perplexity|increase|top-1|KL a token", rows)
+
+
+def _rows(head: str, rows: Sequence[Sequence[str]]) -> str:
+    """A table; `head` has its titles with bars between."""
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    table = "".join(f"<tr>{line}</tr>" for line in lines)
+    titles = "".join(f"<th>{name}</th>" for name in head.split("|"))
+    return f"<table><tr>{titles}</tr>{table}</table>"
 
 
 def _points(checkpoints: Sequence[_Checkpoint]) -> list[plots.Point]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Source:
         name: hub id, or the folder's own name; safe to publish.
         folder: where its files are.
         config: `config.json` as it stands.
+        changed: tensors that calibration has put in the places of those of the same name.
     """
 
     name: str
@@ -37,11 +38,12 @@ class Source:
     config: Mapping[str, Any]
     family: Family
     geometry: Geometry
+    changed: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def weights(self) -> Weights:
         """Its tensors, by the names transformers gives them."""
-        return Weights(self.folder, self.family)
+        return Weights(self.folder, self.family, self.changed)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -115,8 +117,11 @@ def open_source(model: str, *, with_weights: bool = True) -> Source:
 class Weights:
     """Tensors of a checkpoint by name, read one at a time."""
 
-    def __init__(self, folder: Path, family: Family) -> None:
+    def __init__(
+        self, folder: Path, family: Family, changed: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         self._folder = folder
+        self._changed = changed or {}
         self._prefix = family.decoder.split(".")[0] + "."
         self._files: dict[str, tuple[Path, str]] = {}
         for path in _weight_files(folder):
@@ -134,11 +139,13 @@ class Weights:
         return len(self._files)
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor in its stored type.
+        """One tensor, in its stored type unless it was changed.
 
         Raises:
             InputError: it is missing, unreadable, or holds NaN or infinity.
         """
+        if name in self._changed:
+            return self._changed[name]
         if name not in self._files:
             raise InputError(
                 f"{self._folder}: tensor {name} is missing; a shard may be absent, "

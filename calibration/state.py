@@ -24,7 +24,7 @@ from calibration.ranks import ErrorCurve
 from vllm_eigen.errors import OutputError
 from vllm_eigen.files import atomic_file
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,8 @@ class State:
 
     def load(self, layer: int) -> LayerResult | None:
         """A finished layer, or None."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self._path(layer), framework="pt") as stored:
-                # Cloned: the last bit of a product depends on how its factors lie in memory.
-                tensors = {
-                    name: stored.get_tensor(name).clone()
-                    for name in stored.keys()  # noqa: SIM118 - not a mapping
-                }
-                curve = json.loads(stored.metadata()["curve"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        tensors, curve = self.recall_tensors(_name(layer)), self.recall(_name(layer))
+        if tensors is None or curve is None:
             return None
         return _result(tensors, curve)
 
@@ -80,17 +71,43 @@ class State:
         Raises:
             OutputError: the cache folder cannot be written.
         """
-        from safetensors.torch import save_file
-
         tensors = {
-            f"{part}.{name}": tensor.contiguous().clone()
+            f"{part}.{name}": tensor
             for part, basis in (("key", result.bases.key), ("value", result.bases.value))
             for name, tensor in basis.tensors().items()
         }
         curve = asdict(result.curve)
-        with atomic_file(self._path(layer)) as path:
-            save_file(tensors, path, metadata={"curve": json.dumps(curve)})
-        return _result(tensors, curve)
+        self.remember(_name(layer), curve)
+        return _result(self.remember_tensors(_name(layer), tensors), curve)
+
+    def recall_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
+        """Tensors kept by an interrupted run, or None."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / f"{name}.safetensors", framework="pt") as stored:
+                # Cloned: the last bit of a product depends on how its factors lie in memory.
+                return {
+                    name: stored.get_tensor(name).clone()
+                    for name in stored.keys()  # noqa: SIM118 - not a mapping
+                }
+        except (OSError, SafetensorError):
+            return None
+
+    def remember_tensors(
+        self, name: str, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Keep tensors; returns them as `recall_tensors` will.
+
+        Raises:
+            OutputError: the cache folder cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        kept = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+        with atomic_file(self.folder / f"{name}.safetensors") as path:
+            save_file(kept, path)
+        return kept
 
     def recall(self, name: str) -> Any:
         """A JSON value kept by an interrupted run, or None."""
@@ -112,8 +129,9 @@ class State:
         """The result is written: the state has done its duty."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:04d}.safetensors"
+
+def _name(layer: int) -> str:
+    return f"layer-{layer:04d}"
 
 
 def _result(tensors: dict[str, torch.Tensor], curve: dict[str, Any]) -> LayerResult:

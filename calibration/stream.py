@@ -8,6 +8,7 @@ computation is in float32.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import tempfile
@@ -33,7 +34,7 @@ class Skeleton:
     Args:
         source: the base model.
         device: where layers run.
-        eager: use the attention that gives its probabilities.
+        eager: layers can be made to give their attention probabilities.
 
     Raises:
         InputError: weights are missing, damaged, not finite, or of another shape.
@@ -42,6 +43,7 @@ class Skeleton:
     def __init__(self, source: Source, device: torch.device, *, eager: bool = True) -> None:
         self.source = source
         self.device = device
+        self._eager = eager
         self.config = auto_config(source)
         with torch.device("meta"):
             self._model = auto_model(self.config, eager)
@@ -54,6 +56,12 @@ class Skeleton:
         self._taps = taps
         _load(self._decoder, family.decoder, source, device)
         _rebuild_buffers(self._decoder, self.config, device)
+
+    def with_source(self, source: Source) -> Skeleton:
+        """The same model with the layers of another source; the rest is shared."""
+        other = copy.copy(self)
+        other.source = source
+        return other
 
     @property
     def num_layers(self) -> int:
@@ -83,9 +91,21 @@ class Skeleton:
     def layer(self, index: int) -> nn.Module:
         """Load one decoder layer in float32; it lives as long as the caller keeps it."""
         layer: nn.Module = copy.deepcopy(self._layers[index])
+        _attend(layer, "sdpa")
         family = self.source.family
         _load(layer, f"{family.decoder}.{family.layers}.{index}", self.source, self.device)
         return layer
+
+    @contextlib.contextmanager
+    def probabilities(self, layer: nn.Module) -> Iterator[None]:
+        """While open, `layer` computes attention in the slow way that gives the probabilities, if
+        the model was made for that."""
+        if self._eager:
+            _attend(layer, "eager")
+        try:
+            yield
+        finally:
+            _attend(layer, "sdpa")
 
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits [batch, length, vocab_size] from the last layer's output."""
@@ -129,7 +149,7 @@ class Stream:
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
         shape = (*tokens.shape, skeleton.source.geometry.hidden_size)
         self.hidden = allocate(shape, spill_limit, spill_folder)
-        for part in self._parts(len(tokens)):
+        for part in self.parts(len(tokens)):
             embedded, kwargs = skeleton.embed(tokens[part])
             self._kwargs[len(embedded)] = kwargs
             self.hidden[part] = embedded.cpu()
@@ -144,14 +164,14 @@ class Stream:
 
     def advance(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Push all windows through `layer` in place, one step of the iterator per batch."""
-        for part in self._parts(len(self)):
+        for part in self.parts(len(self)):
             self.hidden[part] = self.run(index, layer, self.hidden[part])
             yield
 
     def run(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The output of layer `index` for some windows, on the CPU."""
         outputs = []
-        for part in self._parts(len(hidden)):
+        for part in self.parts(len(hidden)):
             states = hidden[part].to(self._skeleton.device)
             kwargs = self._kwargs.get(len(states))
             if kwargs is None:
@@ -162,7 +182,8 @@ class Stream:
             outputs.append((result[0] if isinstance(result, tuple) else result).cpu())
         return torch.cat(outputs)
 
-    def _parts(self, count: int) -> Iterator[slice]:
+    def parts(self, count: int) -> Iterator[slice]:
+        """The windows of each forward call."""
         for start in range(0, count, self._batch):
             yield slice(start, min(start + self._batch, count))
 
@@ -229,6 +250,14 @@ class _Recorder(nn.Module):
         self.hidden, self.kwargs = hidden, kwargs
         result = hidden if self.inject is None else self.inject
         return (result, None) if self._tuple else result
+
+
+def _attend(layer: nn.Module, implementation: str) -> None:
+    """Choose how a layer computes attention, by transformers' names; MPT's knows only one way."""
+    for module in layer.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation = implementation
 
 
 def auto_config(source: Source) -> Any:

@@ -2,7 +2,8 @@
 
 A file holds one JSON object a line, `{"ctx", "choices", "gold"}`; `_` in `ctx` marks the blank of a
 fill-in question. As in lm-evaluation-harness, a choice is scored by the log-likelihood of its
-text after the context (of what follows the blank, for fill-in), plain and a character.
+text after the context (of what follows the blank, for fill-in), plain and a character. Tasks by
+name come from that harness itself (`harness`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from calibration.scoring import Scorer
 from vllm_eigen.errors import InputError
 
 
@@ -32,12 +32,12 @@ class Accuracy:
 
     Attributes:
         acc: by log-likelihood.
-        acc_norm: by log-likelihood divided by the continuation's characters.
+        acc_norm: by log-likelihood divided by the choice's characters; None if the task has none.
         questions: number of them.
     """
 
     acc: float
-    acc_norm: float
+    acc_norm: float | None
     questions: int
 
 
@@ -71,18 +71,21 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 
 
 def accuracy(
-    model: Any,
+    scorer: Scorer,
     tokenizer: Any,
     questions: Sequence[Question],
     *,
     length: int,
     step: Callable[[], None] = lambda: None,
 ) -> Accuracy:
-    """Accuracy of a transformers model; contexts are cut on the left to `length` tokens."""
+    """Accuracy on the questions; contexts are cut on the left so that `length` tokens suffice."""
+    encoded = [_encode(tokenizer, *pair) for question in questions for pair in question.pairs]
+    scored = scorer(tokens[-length:] for tokens, _ in encoded)
+    counts = iter([count for _, count in encoded])
     right = right_norm = 0
     for question in questions:
-        scores = [_score(model, tokenizer, *pair, length) for pair in question.pairs]
-        sizes = [max(1, len(text)) for _, text in question.pairs]
+        scores = [next(scored).last(next(counts))[0] for _ in question.pairs]
+        sizes = [max(1, len(text.removeprefix(" "))) for _, text in question.pairs]
         right += _best(scores) == question.gold
         shares = [score / size for score, size in zip(scores, sizes, strict=True)]
         right_norm += _best(shares) == question.gold
@@ -102,18 +105,12 @@ def _best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=lambda index: scores[index])
 
 
-def _score(model: Any, tokenizer: Any, context: str, text: str, length: int) -> float:
-    """Log-likelihood of the continuation in nats."""
+def _encode(tokenizer: Any, context: str, text: str) -> tuple[list[int], int]:
+    """Tokens of context and continuation, and how many of them are the continuation's."""
     start: list[int] = tokenizer(context)["input_ids"]
     whole: list[int] = tokenizer(context + text)["input_ids"]
     # Where the two meet tokens may merge: all that differs from the context is continuation.
     same = 0
     while same < min(len(start), len(whole) - 1) and start[same] == whole[same]:
         same += 1
-    same = max(same, 1)
-    cut = max(0, len(whole) - length)
-    tokens = torch.tensor([whole[cut:]], device=model.device)
-    with torch.inference_mode():
-        logits = model(tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    likelihoods = logits.gather(-1, tokens[0, 1:, None])[:, 0]
-    return float(likelihoods[max(0, same - cut - 1) :].double().sum())
+    return whole, len(whole) - max(same, 1)

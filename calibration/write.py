@@ -149,7 +149,7 @@ def _attention(
     """A layer's new attention tensors by full name, in the base's own type."""
     family, ranks = source.family, eigen.layers[index]
     path = family.attention_path(index)
-    dtype = source.weights.get(f"{path}.{family.o_proj}.weight").dtype
+    dtype = source.weights.get(f"{path}.{family.qkv_proj or family.q_proj}.weight").dtype
     maps = bases[index].key.at(ranks.rank_k), bases[index].value.at(ranks.rank_v)
     if eigen.projections == "untouched":
         made = keep_apart(*maps, eigen.head_size)
@@ -165,15 +165,18 @@ def _tensors(
     """All tensors of the checkpoint: folded attention first, then the base's others."""
     family = source.family
     replaced: set[str] = set()
+    dtype = torch.float32
     for index in range(len(eigen.layers)):
         made = _attention(source, eigen, bases, index)
+        dtype = next(iter(made.values())).dtype
         replaced.update(made)
         if family.qkv_proj and eigen.projections == "folded":
             replaced.add(f"{family.attention_path(index)}.{family.qkv_proj}.weight")
         yield from made.items()
     for name in source.weights:
         if name not in replaced:
-            yield name, source.weights.get(name)
+            tensor = source.weights.get(name)
+            yield name, tensor.to(dtype) if name in source.changed else tensor
 
 
 def _write_shards(

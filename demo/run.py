@@ -7,7 +7,6 @@ collected from docstrings on this machine. Intermediate files go to `.demo/`.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.perplexity import served_perplexity
 from server import process
 from vllm_eigen.errors import EigenError, EngineError
 
@@ -32,8 +32,6 @@ PROMPTS = (
     "This module provides a",
     "Raise an exception if the",
 )
-WINDOW = 1024
-"""Tokens of a perplexity window; the first is not scored."""
 STARTUP_SECONDS = 300.0
 REQUEST_SECONDS = 120.0
 
@@ -61,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     began = time.monotonic()
     try:
-        eigen = calibrate(console, args.kv_ratio)
+        console.rule("1/3  calibrate")
+        eigen = calibrate(args.kv_ratio, WORK / "eigen")
         columns = {
             "base": measure(console, "base", ROOT / "model", args.pool_mib),
             "eigen": measure(console, "eigen", eigen, args.pool_mib),
@@ -74,15 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def calibrate(console: Console, kv_ratio: float) -> Path:
-    """Collect text, then compress the shipped model with the real command; returns the folder."""
+def calibrate(kv_ratio: float, output: Path) -> Path:
+    """Collect text, then compress the shipped model with the real command; returns the folder.
+
+    The texts, `calibration.txt` and `heldout.txt`, are written beside it.
+    """
     from demo import corpus
     from vllm_eigen import cli
 
-    console.rule("1/3  calibrate")
     for split in ("calibration", "heldout"):
-        corpus.write(split, WORK / f"{split}.txt", max_bytes=400_000)
-    output = WORK / "eigen"
+        corpus.write(split, output.parent / f"{split}.txt", max_bytes=400_000)
     status = cli.main(
         [
             "calibrate",
@@ -92,7 +92,7 @@ def calibrate(console: Console, kv_ratio: float) -> Path:
             "--kv-ratio",
             str(kv_ratio),
             "--text",
-            str(WORK / "calibration.txt"),
+            str(output.parent / "calibration.txt"),
             "--overwrite",
         ]
     )
@@ -123,37 +123,15 @@ def measure(console: Console, name: str, model: Path, pool_mib: int) -> Measured
         completions = tuple(
             str(_complete(client, name, prompt, 32).choices[0].text) for prompt in PROMPTS
         )
-        perplexity = served_perplexity(client, name, full_length, status.update)
+        perplexity = served_perplexity(
+            client,
+            name,
+            _heldout_tokens(),
+            full_length,
+            step=lambda done, total: status.update(f"perplexity, window {done} of {total}"),
+        )
         speed = decode_speed(client, name, status.update)
         return Measured(server.get("/v1/kv_cache"), full_length, perplexity, speed, completions)
-
-
-def served_perplexity(
-    client: Any, name: str, full_length: int, say: Callable[[str], None]
-) -> float:
-    """Perplexity on held-out text, from the log-probabilities the server gives its prompt."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model")
-    text = (WORK / "heldout.txt").read_text(encoding="utf-8")
-    tokens = tokenizer(text, verbose=False)["input_ids"]
-    window = min(WINDOW, full_length - 1)
-    starts = range(0, min(len(tokens), 16 * window) - window + 1, window)
-    losses: list[float] = []
-    for index, start in enumerate(starts):
-        say(f"perplexity, window {index + 1} of {len(starts)}")
-        answer = client.completions.create(
-            model=name,
-            prompt=tokens[start : start + window],
-            max_tokens=1,
-            echo=True,
-            logprobs=1,
-            temperature=0,
-        )
-        losses += [-value for value in answer.choices[0].logprobs.token_logprobs[1:window]]
-    if not losses:
-        raise EngineError("not enough held-out text on this machine for a perplexity")
-    return math.exp(sum(losses) / len(losses))
 
 
 def decode_speed(
@@ -201,6 +179,14 @@ def show(console: Console, base: Measured, eigen: Measured) -> None:
     ):
         texts.add_row(prompt, one_text.strip(), other_text.strip())
     console.print(texts)
+
+
+def _heldout_tokens() -> list[int]:
+    from transformers import AutoTokenizer
+
+    text = (WORK / "heldout.txt").read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model")
+    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def _pool(measured: Measured) -> float:

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-group", type=int, metavar="G", help="KV heads sharing a latent")
     parser.add_argument("--key-cache", choices=("folded", "pre-rope", "post-rope"))
     parser.add_argument(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        help="fit output projections to the compressed heads (default: where the method does)",
+    )
+    parser.add_argument(
         "--bases-only",
         action="store_true",
         help="write the bases alone, for `serve BASE --eigen-bases DIR`",
@@ -150,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
         method=args.method,
         key_mode=args.key_cache,
         head_group=args.head_group,
+        refit=args.refit,
         bases_only=args.bases_only,
         device=args.device,
         overwrite=args.overwrite,

@@ -1,16 +1,20 @@
-"""`vllm-eigen evaluate`: quality of a checkpoint against its base on a text."""
+"""`vllm-eigen evaluate`: quality of a checkpoint against its base on a text and on tasks."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibration.commands.calibrate import add_text_arguments, corpus_of
 
-HELP = "perplexity, top-1 agreement and KL of a checkpoint against its base"
+if TYPE_CHECKING:
+    from calibration.evaluate import Evaluation
+
+HELP = "perplexity, top-1 agreement, KL and accuracy of a checkpoint against its base"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,28 +24,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="MODEL", help="base model (default: as recorded)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="read at most N tokens")
     parser.add_argument(
-        "--tasks", nargs="+", type=Path, metavar="FILE", help="jsonl of ctx, choices, gold"
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="offline in float32 (default), or as vLLM serves both, one after the other",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="names of lm-evaluation-harness (piqa,arc_easy), or jsonl of ctx, choices, gold",
+    )
+    parser.add_argument(
+        "--task-path", type=Path, metavar="DIR", help="more task descriptions for lm_eval, as YAML"
     )
     parser.add_argument("--task-limit", type=int, metavar="N", help="questions of each task")
     parser.add_argument(
         "--kv-cache-dtype",
         choices=("auto", "fp8"),
         default="auto",
-        help="fp8: round cached latents as vLLM's fp8 cache does; the base keeps its own",
+        help="the checkpoint's cache, rounded as vLLM's if offline; the base keeps its own",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="for transformers"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON only")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate offline in transformers and print the result."""
+    """Evaluate and print the result."""
     from calibration.evaluate import evaluate
     from calibration.interrupt import terminate_as_interrupt
     from calibration.progress import Reporter
     from calibration.stream import pick_device
+    from calibration.taskset import TaskSet
     from vllm_eigen.checkpoint import validate
+    from vllm_eigen.errors import UsageError
 
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise UsageError(f"--max-tokens {args.max_tokens} is out of range; it is at least 1")
+    if args.engine == "vllm":
+        if args.device != "auto":
+            raise UsageError("--device is for transformers; vLLM runs where it was built for")
+        from vllm_eigen.vllm_version import check_vllm_version
+
+        check_vllm_version()
     validate(args.checkpoint)
+    tasks = TaskSet(args.tasks or (), args.task_path, args.task_limit)
     corpus = corpus_of(args, default_split="test")()
     with terminate_as_interrupt(), Reporter(quiet=args.json) as reporter:
         found = evaluate(
@@ -51,40 +80,65 @@ def run(args: argparse.Namespace) -> int:
             device=pick_device(args.device),
             reporter=reporter,
             max_tokens=args.max_tokens,
-            tasks=args.tasks or (),
-            task_limit=args.task_limit,
+            tasks=tasks,
             kv_cache_dtype=args.kv_cache_dtype,
+            engine=args.engine,
         )
-    quality, eigen = found.quality, found.eigen
     if args.json:
-        result: dict[str, Any] = {
-            "base": {"perplexity": quality.base_perplexity},
-            "eigen": {"perplexity": quality.eigen_perplexity},
-            "kv_ratio": eigen.kv_ratio,
-            "top1_agreement": quality.top1_agreement,
-            "kl_per_token": quality.kl_per_token,
-            "tokens": quality.tokens,
+        print(json.dumps(_result(found, args), indent=2))
+    else:
+        _print(found, args)
+    return 0
+
+
+def _result(found: Evaluation, args: argparse.Namespace) -> dict[str, Any]:
+    """JSON-ready; figures that were not measured are null, and `notes` says why."""
+    quality = found.quality
+    kl = quality.kl_per_token
+    result: dict[str, Any] = {
+        "engine": args.engine,
+        "base": {"perplexity": quality.base_perplexity},
+        "eigen": {"perplexity": quality.eigen_perplexity},
+        "kv_ratio": found.eigen.kv_ratio,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "top1_agreement": quality.top1_agreement,
+        "kl_per_token": None if math.isnan(kl) else kl,
+        "tokens": quality.tokens,
+        "window": found.window,
+        "notes": list(found.notes),
+    }
+    if found.tasks:
+        result["tasks"] = {
+            name: {"base": asdict(base), "eigen": asdict(eigen)}
+            for name, (base, eigen) in found.tasks.items()
         }
-        if args.kv_cache_dtype != "auto":
-            result["kv_cache_dtype"] = args.kv_cache_dtype
-        if found.tasks:
-            result["tasks"] = {
-                name: {"base": asdict(base), "eigen": asdict(compressed)}
-                for name, (base, compressed) in found.tasks.items()
-            }
-        print(json.dumps(result, indent=2))
-        return 0
+    return result
+
+
+def _print(found: Evaluation, args: argparse.Namespace) -> None:
+    quality = found.quality
     change = quality.eigen_perplexity / quality.base_perplexity - 1
+    kl = quality.kl_per_token
+    print(f"engine          {_conditions(args)}")
     print(f"perplexity      {quality.base_perplexity:.4f} -> {quality.eigen_perplexity:.4f}")
     print(f"increase        {change:+.2%}")
     print(f"top-1 agreement {quality.top1_agreement:.4f}")
-    print(f"KL a token      {quality.kl_per_token:.5f} nats")
-    print(f"KV ratio        {eigen.kv_ratio:.4f}")
-    cache = ", fp8 cache" if args.kv_cache_dtype == "fp8" else ""
-    print(f"tokens          {quality.tokens}, offline in transformers, float32{cache}")
-    for name, (base, compressed) in found.tasks.items():
-        print(
-            f"{name:<15} acc {base.acc:.3f} -> {compressed.acc:.3f}, "
-            f"acc_norm {base.acc_norm:.3f} -> {compressed.acc_norm:.3f}"
-        )
-    return 0
+    print(f"KL a token      {'not measured' if math.isnan(kl) else f'{kl:.5f} nats'}")
+    print(f"KV ratio        {found.eigen.kv_ratio:.4f}")
+    print(f"tokens          {quality.tokens}, in windows of {found.window}")
+    for name, (base, eigen) in found.tasks.items():
+        line = f"{name:<15} acc {base.acc:.3f} -> {eigen.acc:.3f}"
+        if base.acc_norm is not None and eigen.acc_norm is not None:
+            line += f", acc_norm {base.acc_norm:.3f} -> {eigen.acc_norm:.3f}"
+        print(line)
+    for note in found.notes:
+        print(f"note: {note}")
+
+
+def _conditions(args: argparse.Namespace) -> str:
+    fp8 = args.kv_cache_dtype == "fp8"
+    if args.engine == "transformers":
+        return "transformers, offline, float32" + (", fp8 cache simulated" if fp8 else "")
+    from vllm_eigen.vllm_version import vllm_version
+
+    return f"vLLM {vllm_version()}, as served" + (", fp8 cache of the checkpoint" if fp8 else "")

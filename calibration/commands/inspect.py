@@ -1,4 +1,4 @@
-"""`vllm-eigen inspect`: the rank table of a checkpoint."""
+"""`vllm-eigen inspect`: the ranks and fp8 scales of a checkpoint, layer by layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_eigen.checkpoint import EigenConfig
 
-HELP = "show a checkpoint's ranks, KV bytes and how it was made"
+HELP = "show a checkpoint's ranks, fp8 scales, KV bytes and how it was made"
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -40,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     print(f" of {summary['uncompressed_bytes_per_token']:,} ({summary['dtype']})")
     print(f"tokens per GiB  {summary['tokens_per_gib']:,}")
     print()
-    print("layer  rank K  rank V  ratio")
+    print("layer  rank K  rank V  ratio  fp8 scale K  fp8 scale V")
     for layer in summary["layers"]:
         ratio = f"{layer['kv_ratio']:.3f}"
-        print(f"{layer['layer']:5}  {layer['rank_k']:6}  {layer['rank_v']:6}  {ratio}")
+        print(f"{layer['layer']:5}  {layer['rank_k']:6}  {layer['rank_v']:6}  {ratio}", end="")
+        print(f"  {layer['k_scale']:11.4g}  {layer['v_scale']:11.4g}")
     return 0
 
 
@@ -72,6 +73,8 @@ def summarise(config: dict[str, Any], eigen: EigenConfig) -> dict[str, Any]:
                 "rank_k": layer.rank_k,
                 "rank_v": layer.rank_v,
                 "kv_ratio": (layer.rank_k + layer.rank_v) / (2 * full),
+                "k_scale": layer.k_scale,
+                "v_scale": layer.v_scale,
                 "bytes_per_token": eigen.num_latent_heads * (layer.rank_k + layer.rank_v) * size,
             }
             for index, layer in enumerate(eigen.layers)

@@ -215,6 +215,7 @@ class Method(ABC):
         rank_rule: how its ranks are chosen unless the user says otherwise.
         head_group: how many KV heads share a latent head unless the user says otherwise.
         max_head_group: the most it supports.
+        refit: whether its output projections are refitted unless the user says otherwise.
     """
 
     name: ClassVar[str]
@@ -222,6 +223,7 @@ class Method(ABC):
     rank_rule: ClassVar[RankRule] = "global"
     head_group: ClassVar[int] = 1
     max_head_group: ClassVar[int] = 1
+    refit: ClassVar[bool] = False
 
     @abstractmethod
     def statistics(self, key_mode: KeyMode, head_group: int = 1) -> tuple[type[Statistic], ...]:

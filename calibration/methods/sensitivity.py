@@ -8,6 +8,8 @@ map under that metric is oblique and closed-form:
 
 whose loss is the sum of the eigenvalues left out. The paper's basis is S = 1 with queries added
 to C; logit-optimal bases (KQ-SVD) are S = sum q^T q, which knows neither softmax nor positions.
+Without rotation and with one KV head to a latent, C and S change places with sums that know what
+keys have in common: S = sum q^T q and C the second moment of the output's gradients in q.
 Values the same way, with C the second moment of the *attended* values and S theirs. Every latent
 head, one KV head wide or several, has its own blocks of C and S.
 """
@@ -18,12 +20,13 @@ import torch
 
 from calibration.attention_moments import (
     KeySensitivity,
+    QuerySensitivity,
     RotatedKeySensitivity,
     ValueSensitivity,
     group_context,
 )
 from calibration.methods.base import Basis, Layer, LayerBases, Method, Statistic, tail_loss
-from calibration.moments import KeyMoment, RotatedKeyMoment, diagonal_blocks
+from calibration.moments import KeyMoment, QueryMoment, RotatedKeyMoment, diagonal_blocks
 from vllm_eigen.families import KeyMode
 
 FLOOR = 1e-9
@@ -38,27 +41,37 @@ class Sensitivity(Method):
     name = "sensitivity"
     summary = "oblique bases weighted by what keys and values do to the attention output"
     max_head_group = 8
+    refit = True
 
     def statistics(self, key_mode: KeyMode, head_group: int = 1) -> tuple[type[Statistic], ...]:
         """Moments and metrics of keys where they are compressed, and of attended values."""
         key: tuple[type[Statistic], ...] = (KeyMoment, KeySensitivity)
-        if key_mode == "post-rope":
+        if key_mode == "folded" and head_group == 1:
+            key = (KeyMoment, QuerySensitivity, QueryMoment)
+        elif key_mode == "post-rope":
             key = (RotatedKeyMoment, RotatedKeySensitivity)
         return (*key, group_context(head_group), ValueSensitivity)
 
     def bases(self, layer: Layer) -> LayerBases:
         """Least loss of the attention output for keys and for values."""
         size = layer.latent_size
-        key, metric, context, value_metric = (
+        key, *metrics, context, value_metric = (
             layer.moments.mean(item) for item in self.statistics(layer.key_mode, layer.head_group)
         )
-        return LayerBases(
-            oblique_basis(diagonal_blocks(key, size), diagonal_blocks(metric, size)),
-            oblique_basis(context, diagonal_blocks(value_metric, size)),
-        )
+        cached = diagonal_blocks(key, size)
+        if len(metrics) == 1:
+            key_basis = oblique_basis(cached, diagonal_blocks(metrics[0], size))
+        else:
+            gradient, query = (
+                item.reshape(layer.num_latent_heads, -1, size, size).sum(1) for item in metrics
+            )
+            key_basis = oblique_basis(gradient, query, cached)
+        return LayerBases(key_basis, oblique_basis(context, diagonal_blocks(value_metric, size)))
 
 
-def oblique_basis(moment: torch.Tensor, metric: torch.Tensor) -> Basis:
+def oblique_basis(
+    moment: torch.Tensor, metric: torch.Tensor, cached: torch.Tensor | None = None
+) -> Basis:
     """The nested maps that minimise tr (1 - ED)^T C (1 - ED) S at every rank.
 
     Latents are scaled for a quantized cache. Rounding that is relative to the size of a latent
@@ -68,17 +81,21 @@ def oblique_basis(moment: torch.Tensor, metric: torch.Tensor) -> Basis:
 
     Args:
         moment: C, symmetric positive semi-definite, [num_latent_heads, latent_size, latent_size].
+        cached: second moment of what is encoded, where it is not C.
         metric: S, the same; its null space gets a weight of `FLOOR`, and where it is zero, 1.
     """
     root, inverse = _roots(metric)
     energy, vectors = torch.linalg.eigh(_symmetric(root @ moment @ root))
     energy, vectors = energy.flip(-1).clamp(min=0), vectors.flip(-1)
-    largest = energy[..., :1]
-    spread = torch.where(largest > 0, (energy / largest).clamp(min=SCALE_FLOOR), 1.0) ** 0.25
-    encoder = root @ vectors / spread[..., None, :]
+    encoder = root @ vectors
+    held = moment if cached is None else cached
+    latent = ((held @ encoder) * encoder).sum(-2)
+    largest = latent.amax(-1, keepdim=True)
+    spread = torch.where(largest > 0, (latent / largest).clamp(min=SCALE_FLOOR), 1.0) ** 0.25
+    encoder = encoder / spread[..., None, :]
     # Latents as large as what they encode, on average over all directions.
-    size = ((moment @ encoder) * encoder).sum((-2, -1), keepdim=True)
-    target = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    size = ((held @ encoder) * encoder).sum((-2, -1), keepdim=True)
+    target = held.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     scale = torch.where((size > 0) & (target > 0), target / size, 1.0).sqrt()
     decoder = spread[..., :, None] * vectors.mT @ inverse
     return Basis(

@@ -57,13 +57,18 @@ def test_full_ratio_is_exact(
     assert status == 0
     result = json.loads(out)
     assert set(result) == {
+        "engine",
         "base",
         "eigen",
         "kv_ratio",
+        "kv_cache_dtype",
         "top1_agreement",
         "kl_per_token",
         "tokens",
+        "window",
+        "notes",
     }
+    assert (result["engine"], result["window"], result["notes"]) == ("transformers", 64, [])
     assert result["base"]["perplexity"] == pytest.approx(result["eigen"]["perplexity"], rel=1e-6)
     assert result["kv_ratio"] == 1
     assert result["kl_per_token"] < 1e-9
@@ -124,6 +129,7 @@ def _damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+NORM = "model.norm.weight"
 BAD: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("ratio 0", ("--kv-ratio", 0), None, "out of range"),
     ("ratio 2", ("--kv-ratio", 2), None, "out of range"),
@@ -137,6 +143,14 @@ BAD: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("no text", ("--kv-ratio", 0.5, "--text", "NONE"), None, "cannot be read"),
     ("binary", ("--kv-ratio", 0.5, "--text", "BINARY"), None, "not UTF-8"),
     ("nan", ("--kv-ratio", 0.5), lambda t: t[Q][0].fill_(float("nan")), "NaN or infinity"),
+    ("inf", ("--kv-ratio", 0.5), lambda t: t[NORM][0].fill_(-float("inf")), "NaN or infinity"),
+    ("huge", ("--kv-ratio", 0.5), lambda t: t[Q].fill_(3e38), "layer 1 gives NaN or infinity"),
+    (
+        "huge head",
+        ("--kv-ratio", 0.5, "--method", "sensitivity"),
+        lambda t: t["lm_head.weight"].fill_(3e38),
+        "output holds NaN or infinity",
+    ),
     ("missing", ("--kv-ratio", 0.5), lambda t: t.pop(Q), "is missing"),
     ("shape", ("--kv-ratio", 0.5), lambda t: t.update({Q: t[Q][:3].clone()}), "config.json asks"),
 ]
@@ -204,6 +218,29 @@ def test_missing_shard(text_file: Path, tmp_path: Path, command: Command) -> Non
     status, _, error = command("calibrate", model, *tail)
     assert status == 1
     assert "shard" in error
+    (model / "model.safetensors.index.json").unlink()
+    assert "a shard may be absent" in command("calibrate", model, *tail)[2]
+
+
+def test_damaged_checkpoints_are_refused(
+    make_model: Callable[..., Path], text_file: Path, tmp_path: Path, command: Command
+) -> None:
+    output = tmp_path / "out"
+    tail = ("--output", output, "--kv-ratio", 0.5, "--text", text_file)
+    assert command("calibrate", make_model(), *tail, *SMALL)[0] == 0
+    _damage(output, lambda t: t[NORM][0].fill_(float("nan")))
+    status, _, error = command("evaluate", output, "--text", text_file)
+    assert status == 1
+    assert "NaN or infinity" in error.splitlines()[-1]
+    _damage(output, lambda t: t.pop(NORM))
+    status, _, error = command("evaluate", output, "--text", text_file)
+    assert status == 1
+    assert NORM in error.splitlines()[-1]
+    (output / "model.safetensors").unlink()
+    for name in ("evaluate", "inspect", "report"):
+        status, _, error = command(name, output)
+        assert status == 1
+        assert "holds no .safetensors" in error
 
 
 def test_existing_output_is_refused_first(tmp_path: Path, command: Command) -> None:
@@ -216,7 +253,7 @@ def test_existing_output_is_refused_first(tmp_path: Path, command: Command) -> N
 
 
 def test_odd_texts_and_tokenizers_work(tmp_path: Path, command: Command) -> None:
-    """One-token documents, unknown words, no beginning-of-text token, a rank-deficient layer."""
+    """One-token documents, unknown words, no special tokens, tied embeddings, zero keys."""
     from tests.calibration.tiny import build_model, save_model
 
     model = build_model("llama", tie_word_embeddings=True)
@@ -224,6 +261,9 @@ def test_odd_texts_and_tokenizers_work(tmp_path: Path, command: Command) -> None
         model.model.layers[0].self_attn.k_proj.weight.zero_()
         model.model.layers[1].self_attn.v_proj.weight[1:] = 0
     folder = save_model(model, tmp_path / "m", bos=False)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     text = tmp_path / "t.txt"
     text.write_text("<|endoftext|>".join(["w1", "unheard", "w2 w3"] * 200))
     tail = ("--output", tmp_path / "out", "--kv-ratio", 0.5, "--text", text)
@@ -231,6 +271,10 @@ def test_odd_texts_and_tokenizers_work(tmp_path: Path, command: Command) -> None
     assert status == 0, error
     assert "unknown to the tokenizer" in error
     assert validate(tmp_path / "out").kv_ratio <= 0.6
+    # A layer whose keys are all zero loses nothing, however little of them is kept.
+    status, out, error = command("evaluate", tmp_path / "out", "--text", text, "--json")
+    assert status == 0, error
+    assert json.loads(out)["kl_per_token"] < 0.1
 
 
 def test_evaluate_needs_a_base_it_knows(

@@ -37,15 +37,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("method", ["paper", "sensitivity"])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("paper", "llama"), ("sensitivity", "llama"), ("sensitivity", "opt")]
+)
 def test_killed_and_resumed_is_byte_identical(
     method: str,
+    kind: str,
     make_model: Callable[..., Path],
     text_file: Path,
     tmp_path: Path,
     command: Command,
 ) -> None:
-    model = make_model("llama", num_hidden_layers=6, hidden_size=64)
+    width = {"word_embed_proj_dim": 64} if kind == "opt" else {}
+    model = make_model(kind, num_hidden_layers=6, hidden_size=64, **width)
     options = ("--kv-ratio", 0.6, "--text", text_file, "--samples", 12, "--seq-len", 24)
     options = (*options, "--method", method)
     whole = ("calibrate", model, "--output", tmp_path / "whole", *options)
@@ -66,6 +70,7 @@ def test_killed_and_resumed_is_byte_identical(
             status, _, error = command(*arguments)
             assert status == 0, error
         assert contents(output) == expected
+        assert not list(tmp_path.glob(f".cut{moment}.*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,16 +177,19 @@ def test_dry_run_needs_no_weights(
 def test_inspect(
     make_model: Callable[..., Path], tmp_path: Path, command: Command, text_file: Path
 ) -> None:
-    import json
-
     from tests.calibration.test_fold import folded
 
     output, _ = folded(make_model(), tmp_path / "eigen", [(3, 5), (7, 2)])
+    config = json.loads((output / "config.json").read_text())
+    config["eigen"]["layers"][1] |= {"k_scale": 0.0312512345, "v_scale": 1.5e-9}
+    (output / "config.json").write_text(json.dumps(config))
     status, out, _ = command("inspect", output)
     assert status == 0
+    assert out.splitlines()[-1].split() == ["1", "7", "2", "0.562", "0.03125", "1.5e-09"]
     assert max(len(line) for line in out.splitlines()) <= 60
     status, out, _ = command("inspect", output, "--json")
     summary = json.loads(out)
     assert summary["layers"][1]["rank_k"] == 7
+    assert summary["layers"][1]["k_scale"] == 0.0312512345
     assert summary["bytes_per_token"] == 2 * (3 + 5 + 7 + 2) * 4
     assert command("inspect", tmp_path)[0] == 1

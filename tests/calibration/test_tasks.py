@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from calibration.scoring import transformers_scorer
 from calibration.source import open_source
 from calibration.tasks import accuracy, read_questions
 from calibration.unfold import load_base
@@ -45,7 +46,7 @@ def test_scores_are_sums_of_log_probabilities(make_model: Callable[..., Path], t
             found = found.gather(-1, tokens[0, 1:, None])[:, 0]
             scores.append(float(found[-count:].sum()))
         right += scores.index(max(scores)) == question["gold"]
-    result = accuracy(model, tokenizer, read_questions(task), length=64)
+    result = accuracy(transformers_scorer(model), tokenizer, read_questions(task), length=64)
     assert result.questions == 3
     assert result.acc == pytest.approx(right / 3)
 

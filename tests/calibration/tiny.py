@@ -56,7 +56,7 @@ MAKERS: dict[str, dict[str, Any]] = {
         "d_model": 32,
         "n_heads": 4,
         "max_seq_len": 64,
-        "expansion_ratio": 2,
+        "expansion_ratio": 4,
     },
     "opt": {
         "model_type": "opt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from calibration.attention_moments import (
     cotangent,
     group_context,
     key_gradient,
+    query_gradient,
     value_gradient,
 )
 from calibration.methods import get_method
@@ -174,15 +176,20 @@ def _batch(rotary: bool, seed: int = 0, length: int = 7) -> Batch:
 def test_gradients_are_those_of_automatic_differentiation(rotary: bool) -> None:
     batch = _batch(rotary)
     assert batch.o_proj is not None
+    query = batch.query[0].clone().requires_grad_()
     key = batch.key[0].clone().requires_grad_()
     value = batch.value[0].clone().requires_grad_()
-    output, _, _ = _attend(batch.query[0], key, value, batch.o_proj, (batch.cos, batch.sin))
+    output, _, _ = _attend(query, key, value, batch.o_proj, (batch.cos, batch.sin))
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (1, 7, 10), generator=generator, dtype=torch.int8) * 2 - 1
-    expected = torch.autograd.grad((output * signs[0]).sum(), [key, value])
+    expected = torch.autograd.grad((output * signs[0]).sum(), [key, value, query])
     found = key_gradient(batch)
     if rotary:
         found = rotate(found, batch.cos, batch.sin, back=True)
+        expected_query = rotate(expected[2][None], batch.cos, batch.sin)[0]
+    else:
+        expected_query = expected[2]
+    torch.testing.assert_close(query_gradient(batch)[0], expected_query)
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(value_gradient(batch)[0], expected[1])
     torch.testing.assert_close(
@@ -207,6 +214,13 @@ def test_the_metric_predicts_how_far_the_output_moves() -> None:
         moved += float((other - exact).square().sum())
         predicted += float((gradient * error.flatten(1)).sum(1).square().sum())
     assert predicted == pytest.approx(moved, rel=0.25)
+
+
+def test_what_keys_have_in_common_does_not_matter() -> None:
+    """A constant added to all keys moves no output, and is not what the query metric sees."""
+    batch = _batch(False)
+    moved = replace(batch, key=batch.key + 100 * torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(query_gradient(moved), query_gradient(batch))
 
 
 @pytest.mark.parametrize("group", [1, 2])
