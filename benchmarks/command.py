@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import attention
+from benchmarks import attention, serve
 
-HELP = "measure attention kernels against vLLM's own"
+HELP = "measure attention kernels, and serving under load"
 
-_COMMANDS = {"attention": attention}
+_COMMANDS = {"attention": attention, "serve": serve}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

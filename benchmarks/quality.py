@@ -29,6 +29,7 @@ from calibration.metrics import Comparison, Quality
 from calibration.probe import TOKENS, probe
 from calibration.progress import Reporter
 from calibration.ranks import ErrorCurve, budget_for_ratio, ranks_at, sweep
+from calibration.refit import refit, share
 from calibration.source import open_source
 from calibration.state import State
 from calibration.stream import Skeleton, Stream, pick_device
@@ -45,19 +46,20 @@ METHODS = ("paper", "released", "sensitivity", "sensitivity:2")
 
 @dataclass(frozen=True)
 class Variant:
-    """A method as the table names it: `NAME[:HEAD_GROUP][:post-rope]`."""
+    """A method as the table names it: `NAME[:HEAD_GROUP][:post-rope][:no-refit]`."""
 
     label: str
     method: str
     head_group: int
     post_rope: bool
+    no_refit: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Variant:
         """Read a label."""
         name, *options = text.split(":")
         group = [int(part) for part in options if part.isdigit()]
-        return cls(text, name, (group or [1])[0], "post-rope" in options)
+        return cls(text, name, (group or [1])[0], "post-rope" in options, "no-refit" in options)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Bench:
             limit=args.test_tokens,
         )
         self.base = Stream(self.skeleton, self.test)
-        self._run(self.base, None, None, self.source.family.key_modes[0])
+        self._run(self.base, self.skeleton, None, None, self.source.family.key_modes[0])
 
     def rows(self, variant: Variant, ratios: Sequence[float]) -> list[Row]:
         """Calibrate once, then choose ranks and measure for every ratio."""
@@ -168,12 +170,13 @@ class Bench:
     def _run(
         self,
         stream: Stream,
+        skeleton: Skeleton,
         bases: Sequence[LayerBases] | None,
         ranks: Sequence[LayerRanks] | None,
         mode: KeyMode,
     ) -> None:
         for index in range(self.skeleton.num_layers):
-            layer = self.skeleton.layer(index)
+            layer = skeleton.layer(index)
             key = value = None
             if bases is not None and ranks is not None:
                 key = bases[index].key.at(ranks[index].rank_k)
@@ -192,7 +195,24 @@ class Bench:
         mode: KeyMode,
     ) -> Row:
         stream = Stream(self.skeleton, self.test)
-        self._run(stream, bases, ranks, mode)
+        skeleton = self.skeleton
+        if get_method(variant.method).refit and not variant.no_refit:
+            state = State({"benchmark": "refit"}, resume=False, provenance={})
+            tokens = share(skeleton, self.calibration)
+            first, second = (Stream(skeleton, tokens) for _ in range(2))
+            bases, skeleton = refit(
+                skeleton,
+                first,
+                second,
+                bases,
+                ranks,
+                mode,
+                variant.head_group,
+                state,
+                self.reporter,
+            )
+            state.discard()
+        self._run(stream, skeleton, bases, ranks, mode)
         windows: list[Quality] = []
         for row in range(len(self.test)):
             part = slice(row, row + 1)
@@ -284,7 +304,8 @@ NOTE = (
     "Relative perplexity increase in percent by KV ratio, ± two standard errors over the test "
     "windows (paired), and in parentheses the percentage of positions where the likeliest token "
     "stays the same. Float32 in plain transformers, not the engine. `NAME:G` has G KV heads to a "
-    "latent head, `post-rope` caches keys after the rotary embedding. Made by "
+    "latent head, `post-rope` caches keys after the rotary embedding, `no-refit` keeps the "
+    "output projections. Made by "
     "`python -m benchmarks.quality`; commands, versions and machine are in `quality.json`."
 )
 

@@ -13,6 +13,7 @@ from tests.calibration.tiny import WORDS, build_model, save_model
 
 def test_labels_name_method_group_and_key_cache() -> None:
     assert Variant.parse("paper") == Variant("paper", "paper", 1, False)
+    assert Variant.parse("x:no-refit") == Variant("x:no-refit", "x", 1, False, True)
     assert Variant.parse("x:2:post-rope") == Variant("x:2:post-rope", "x", 2, True)
 
 
@@ -36,6 +37,7 @@ def test_one_command_makes_table_plot_and_provenance(
     arguments += ["--seq-len", "32", "--samples", "8", "--ratios", "0.75", "0.5"]
     arguments += ["--csv", str(table), "--device", "cpu"]
     methods = ["paper", "sensitivity", "sensitivity:2", "sensitivity:post-rope"]
+    methods.append("sensitivity:no-refit")
     assert main([*arguments, "--methods", *methods]) == 0
     rows = read_rows(table)
     assert [(row.method, row.kv_ratio) for row in rows if row.method != "paper"] == [

@@ -1,0 +1,121 @@
+"""Runs the benchmark: each server in turn, every load, paired repeats.
+
+A repeat measures both models, one server after the other, and every other repeat starts with the
+other model, so that a machine that slows down or speeds up favours neither. What is finished is on
+disk at once; a server whose rows are all there is not started again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.perplexity import served_perplexity
+from benchmarks.serving.client import arguments, drive
+from benchmarks.serving.endpoint import Endpoint
+from benchmarks.serving.rows import Perplexity, Results, make_row
+from benchmarks.serving.sampler import Sampler
+from benchmarks.serving.servers import Servers
+from benchmarks.serving.settings import Load, Settings, Side
+from calibration.progress import Reporter
+from vllm_eigen.errors import InputError
+
+NUMBERS_A_REPEAT = 1000
+"""Seeds kept for one repeat: its runs must not share prompts, nor with another repeat."""
+
+
+class Bench:
+    """One benchmark with its output folder and what is measured so far."""
+
+    def __init__(
+        self, settings: Settings, results: Results, folder: Path, reporter: Reporter
+    ) -> None:
+        self.settings, self.results = settings, results
+        self.folder, self.reporter = folder, reporter
+        self._tokens: list[int] | None = None
+
+    def run(self) -> None:
+        """Measure what is missing.
+
+        Raises:
+            EngineError: a server does not start or ends, or the client cannot do its work.
+        """
+        settings = self.settings
+        steps = len(settings.cache_dtypes) * settings.repeats * 2 * len(settings.loads)
+        self.reporter.stage("load", steps)
+        with Servers(settings, self.folder, self.reporter.note) as servers:
+            for dtype in settings.cache_dtypes:
+                for repeat in range(1, settings.repeats + 1):
+                    for side in settings.sides if repeat % 2 else settings.sides[::-1]:
+                        self._visit(servers, side, dtype, repeat)
+
+    def _visit(self, servers: Servers, side: Side, dtype: str, repeat: int) -> None:
+        """Measure every missing row of one server; start it only if there is one."""
+        missing = [
+            load
+            for load in self.settings.loads
+            if self.results.row(side.name, dtype, load, repeat) is None
+        ]
+        self.reporter.step(len(self.settings.loads) - len(missing))
+        if self.settings.text is not None and self.results.perplexity(side.name, dtype) is None:
+            self._perplexity(side, dtype, servers.get(side, dtype))
+        if missing:
+            self._warm_up(servers.get(side, dtype))
+        for load in missing:
+            self._measure(side, dtype, load, repeat, servers.get(side, dtype))
+
+    def _measure(self, side: Side, dtype: str, load: Load, repeat: int, endpoint: Endpoint) -> None:
+        settings = self.settings
+        number = repeat * NUMBERS_A_REPEAT + settings.loads.index(load)
+        command = arguments(endpoint, settings.tokenizer, settings.workload, load, number)
+        with Sampler(endpoint) as sampler:
+            driven = drive(command, self.folder / "client.log")
+        row = make_row(
+            side.name, dtype, load, repeat, endpoint.kv_cache(), driven, sampler.result()
+        )
+        self.results.rows.append(row)
+        self.results.save(self.folder)
+        self.reporter.step()
+        failed = f", {row.failed} FAILED ({row.errors[0][0]})" if row.failed else ""
+        self.reporter.note(
+            f"{side.name}, cache {dtype}, repeat {repeat}, {load}: "
+            f"{row.output_throughput:,.0f} tokens/s, {row.mean_running:.1f} sequences (at most "
+            f"{row.peak_running}), {row.preemptions} preemptions{failed}"
+        )
+
+    def _warm_up(self, endpoint: Endpoint) -> None:
+        """An uncounted run of prompts that do not come again."""
+        workload = self.settings.workload
+        if workload.warmups:
+            few = replace(workload, num_prompts=workload.warmups)
+            command = arguments(endpoint, self.settings.tokenizer, few, Load(), 0)
+            drive(command, self.folder / "client.log")
+
+    def _perplexity(self, side: Side, dtype: str, endpoint: Endpoint) -> None:
+        found = served_perplexity(
+            endpoint.openai(),
+            endpoint.model(),
+            self._text_tokens(),
+            int(endpoint.kv_cache()["max_model_len"]),
+        )
+        self.results.perplexities.append(
+            Perplexity(side=side.name, kv_cache_dtype=dtype, perplexity=found)
+        )
+        self.results.save(self.folder)
+        self.reporter.note(f"{side.name}, cache {dtype}: perplexity {found:.3f}")
+
+    def _text_tokens(self) -> list[int]:
+        """Tokens of the held-out text, read once."""
+        if self._tokens is None:
+            from transformers import AutoTokenizer
+
+            path = self.settings.text
+            if path is None:
+                raise InputError("a perplexity needs a --text")
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"text {path} cannot be read: {error}") from error
+            tokenizer = AutoTokenizer.from_pretrained(self.settings.tokenizer)
+            self._tokens = list(tokenizer(text, verbose=False)["input_ids"])
+        return self._tokens
