@@ -10,12 +10,14 @@ CONSTRAINTS := constraints-$(ACCELERATOR).txt
 # vLLM's CPU build asks for these, but their wheels are built for CUDA and break transformers.
 UNUSABLE_cpu := torchvision torchaudio torchcodec
 
-.PHONY: demo test check install clean help
+.PHONY: demo test soak check compatibility install clean help
 
 help:
 	@echo "make demo     calibrate the shipped model, serve it beside its base, print a table"
 	@echo "make test     lint, type check, and every test"
+	@echo "make soak     mixed load on the Eigen server, 20 minutes at most"
 	@echo "make check    lint and type check only"
+	@echo "make compatibility  run the engine tests and write docs/compatibility.md"
 	@echo "make install  only create .venv with everything to calibrate and serve"
 	@echo "make clean    remove .venv and the demo's output"
 
@@ -24,10 +26,15 @@ install: $(VENV)/.$(ACCELERATOR)
 demo: $(VENV)/.$(ACCELERATOR)
 	@"$(BIN)/python" -m demo.run
 
+# Options go in SOAK, e.g. `make soak SOAK="--requests 500 --minutes 3"`.
+soak: $(VENV)/.$(ACCELERATOR)
+	@"$(BIN)/python" -m benchmarks.soak $(SOAK)
+
 check: $(VENV)/.dev
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m ruff format --check .
 	"$(BIN)/python" -m mypy
+	"$(BIN)/python" -m mypy docker/entrypoint.py docker/health.py
 
 test: check
 	"$(BIN)/python" -m pytest
@@ -49,6 +56,9 @@ $(VENV)/.dev: $(VENV)/.$(ACCELERATOR)
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check \
 	    -c $(CONSTRAINTS) -e ".[calibrate,dev]"
 	@touch $@
+
+compatibility: $(VENV)/.dev
+	"$(BIN)/python" -m pytest tests/engine --compatibility docs/compatibility.md
 
 clean:
 	rm -rf $(VENV) .demo

