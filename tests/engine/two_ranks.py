@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from server.process import free_port
 from tests.engine.harness import Answer, ask, engine
 from tests.engine.rows import MAX_MODEL_LEN, Served
 
@@ -39,9 +39,14 @@ class TwoRanks:
         """Serve each model on two ranks in turn; ends after `SECONDS` at the latest."""
         import torch.multiprocessing as processes
 
-        # A port each: a rank that is ahead must not meet the store of the model before.
+        # A store each: a rank that is ahead must not meet that of the model before. Its file's name
+        # also names the ranks' shared memory, which a run that was killed leaves behind.
         table = {
-            name: {"model": str(served.model), "options": served.options, "port": free_port()}
+            name: {
+                "model": str(served.model),
+                "options": served.options,
+                "store": f"file://{folder}/{uuid.uuid4().hex}",
+            }
             for name, served in models.items()
         }
         (folder / "models.json").write_text(json.dumps(table), encoding="utf-8")
@@ -69,14 +74,16 @@ def _rank(rank: int, folder: str) -> None:
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     torch.set_num_threads(1)
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
     table: dict[str, Any] = json.loads((Path(folder) / "models.json").read_text(encoding="utf-8"))
     for name, served in table.items():
-        os.environ["MASTER_PORT"] = str(served["port"])
+        place = served["store"], rank, rank
+        ExecutorWithExternalLauncher._distributed_args = lambda self, place=place: place
         with engine(
             Path(served["model"]),
             max_model_len=MAX_MODEL_LEN,
