@@ -33,6 +33,11 @@ class Growth:
         """How much it grew; negative if it shrank."""
         return self.end - self.start
 
+    @property
+    def percent(self) -> float:
+        """Growth, of the memory at the start."""
+        return 100 * self.growth / max(self.start, 1)
+
 
 def session_processes(session: int) -> dict[int, str]:
     """Processes of a session by id, with their names; a server started here leads its own."""

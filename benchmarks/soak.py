@@ -28,7 +28,7 @@ from calibration.progress import Reporter
 from server.process import start
 from server.units import parse_size
 from vllm_eigen import provenance
-from vllm_eigen.errors import EigenError, InputError, UsageError
+from vllm_eigen.errors import EigenError, InputError
 from vllm_eigen.files import atomic_file
 
 STARTUP_SECONDS = 600.0
@@ -66,19 +66,19 @@ def judge(
     blocks_at_rest: int,
     preemptions: int,
     memory: Sequence[Growth],
-    max_growth: int,
+    max_growth: float,
     seconds: float,
 ) -> Verdict:
-    """Compare what was seen with what must hold; `max_growth` is in bytes a process."""
+    """Compare what was seen with what must hold; `max_growth` is in percent of a process."""
     wrong = []
     if failed := sum(tally.failed.values()):
         wrong.append(f"{failed} of {sum(tally.sent.values())} requests failed")
     if blocks_at_rest:
         wrong.append(f"{blocks_at_rest} blocks are in use with no request running")
     wrong += [
-        f"process {item.name} ({item.pid}) grew by {item.growth / 2**20:.1f} MiB"
+        f"process {item.name} ({item.pid}) grew by {item.percent:.1f} %"
         for item in memory
-        if item.growth > max_growth
+        if item.percent > max_growth
     ]
     if tally.probes_different:
         wrong.append(
@@ -145,7 +145,7 @@ async def soak(
         blocks_at_rest=found["blocks"]["used"],
         preemptions=found["requests"]["preemptions"],
         memory=watch.growths(),
-        max_growth=parse_size(args.max_growth),
+        max_growth=args.max_growth,
         seconds=time.monotonic() - began,
     )
 
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, count in verdict.sent.items():
         print(f"{kind:<14} {count:>6} sent {verdict.failed.get(kind, 0):>6} failed")
     for item in verdict.memory:
-        print(f"{item.name:<14} {item.end / 2**20:>6.0f} MiB {item.growth / 2**20:>+6.1f} MiB")
+        print(f"{item.name:<14} {item.end / 2**20:>6.0f} MiB {item.percent:>+6.1f} %")
     print(
         f"{verdict.probes_checked} greedy answers compared, {verdict.probes_different} different; "
         f"{verdict.preemptions} preemptions, {verdict.blocks_at_rest} blocks in use at rest; "
@@ -222,16 +222,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=24, help="requests open at once")
     parser.add_argument("--pool", default="8MiB", help="KV pool")
     parser.add_argument("--probes", type=int, default=8, help="greedy prompts to compare")
-    parser.add_argument("--max-growth", default="48MiB", help="memory a process may grow by")
+    parser.add_argument(
+        "--max-growth", type=float, default=2.0, metavar="PERCENT", help="of a process's memory (2)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path(".demo/soak.json"), help="the result")
     args = parser.parse_args(argv)
-    try:
-        parse_size(args.max_growth)
-        if min(args.requests, args.users, args.probes) < 1 or args.minutes <= 0:
-            raise UsageError("--requests, --users, --probes and --minutes must be above zero")
-    except UsageError as error:
-        parser.error(str(error))
+    if min(args.requests, args.users, args.probes) < 1 or args.minutes <= 0:
+        parser.error("--requests, --users, --probes and --minutes must be above zero")
     return args
 
 

@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.decoding import tokens_per_second
 from benchmarks.perplexity import served_perplexity
 from server import process
 from vllm_eigen.errors import EigenError, EngineError
@@ -121,7 +121,7 @@ def measure(console: Console, name: str, model: Path, pool_mib: int) -> Measured
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=REQUEST_SECONDS)
         full_length = int(server.get("/v1/models")["data"][0]["max_model_len"])
         completions = tuple(
-            str(_complete(client, name, prompt, 32).choices[0].text) for prompt in PROMPTS
+            str(_complete(client, name, prompt).choices[0].text) for prompt in PROMPTS
         )
         perplexity = served_perplexity(
             client,
@@ -138,20 +138,12 @@ def decode_speed(
     client: Any, name: str, say: Callable[[str], None], users: int = 8, repeats: int = 7
 ) -> float:
     """Tokens a second, all users together, 128 tokens each; median of repeats after a warm-up."""
-
-    def one(index: int) -> int:
-        prompt = PROMPTS[index % len(PROMPTS)]
-        return int(_complete(client, name, prompt, 128, ignore_eos=True).usage.completion_tokens)
-
     say(f"decoding with {users} users")
-    with ThreadPoolExecutor(users) as pool:
-        list(pool.map(one, range(users)))
-        speeds = []
-        for _ in range(repeats):
-            began = time.monotonic()
-            tokens = sum(pool.map(one, range(users)))
-            speeds.append(tokens / (time.monotonic() - began))
-    return statistics.median(speeds)
+    speeds = [
+        tokens_per_second(client, name, PROMPTS, users=users, tokens=128)
+        for _ in range(1 + repeats)
+    ]
+    return statistics.median(speeds[1:])
 
 
 def show(console: Console, base: Measured, eigen: Measured) -> None:
@@ -197,14 +189,8 @@ def _sequences(measured: Measured) -> float:
     return float(measured.cache["tokens"]["capacity"]) / measured.full_length
 
 
-def _complete(client: Any, name: str, prompt: str, tokens: int, ignore_eos: bool = False) -> Any:
-    return client.completions.create(
-        model=name,
-        prompt=prompt,
-        max_tokens=tokens,
-        temperature=0,
-        extra_body={"ignore_eos": ignore_eos},
-    )
+def _complete(client: Any, name: str, prompt: str) -> Any:
+    return client.completions.create(model=name, prompt=prompt, max_tokens=32, temperature=0)
 
 
 def _relative(path: Path) -> str:

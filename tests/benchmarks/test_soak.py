@@ -26,7 +26,7 @@ KINDS = {"short", "long", "shared prefix", "cancelled", "malformed", "probe"}
 def run(fake: Fake, **changes: Any) -> Verdict:
     values: dict[str, Any] = {
         "requests": 120, "minutes": 1.0, "users": 8, "probes": 2, "vocabulary": 50, "seed": 1,
-        "max_growth": "64MiB",
+        "max_growth": 50.0,
     }  # fmt: skip
     args = argparse.Namespace(**(values | changes))
     with serving(fake), Reporter(quiet=True) as reporter:
@@ -72,8 +72,8 @@ def test_time_ends_a_soak() -> None:
 def test_growth_and_missing_probes_are_violations() -> None:
     tally = Tally()
     found = judge(
-        tally, probes=1, blocks_at_rest=0, preemptions=0, max_growth=2**20, seconds=1.0,
-        memory=[Growth(1, "big", 0, 2**21, 2**21, ()), Growth(2, "small", 0, 2**19, 2**21, ())],
+        tally, probes=1, blocks_at_rest=0, preemptions=0, max_growth=2.0, seconds=1.0,
+        memory=[Growth(1, "big", 1000, 1021, 1021, ()), Growth(2, "small", 1000, 1019, 1030, ())],
     )  # fmt: skip
     assert [line.split(" (")[0] for line in found.violations] == [
         "process big", "no greedy answer was compared",

@@ -1,0 +1,311 @@
+"""Decoding in vLLM's engine at short and long contexts: base against Eigen, end to end.
+
+`python -m benchmarks.engine_decode --output FILE.json` builds random models of a few layers at the
+width of a served one (quality is not the question here), starts base and Eigen engines side by side
+and lets them take turns on the same prompts, which the prefix cache holds. A table and a plot are
+written beside the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from calibration.interrupt import terminate_as_interrupt
+from calibration.progress import Reporter
+from vllm_eigen import provenance
+from vllm_eigen.checkpoint import LayerRanks
+from vllm_eigen.errors import EigenError
+from vllm_eigen.families import KeyMode
+from vllm_eigen.files import atomic_file
+
+CONTEXTS = (128, 2048, 8192)
+HEAD_SIZE = 128
+VOCABULARY = 4096
+MARGIN = 512
+"""Positions beyond the longest prompt, for answers and the last block."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One compressed model. `rank_k` and `rank_v` are every layer's; the base has `HEAD_SIZE`."""
+
+    family: str
+    kv_heads: int
+    key_mode: KeyMode
+    rank_k: int
+    rank_v: int
+
+    @property
+    def kv_ratio(self) -> float:
+        """Bytes kept."""
+        return (self.rank_k + self.rank_v) / (2 * HEAD_SIZE)
+
+
+MODELS = (
+    Model("opt", 16, "folded", 77, 77),
+    Model("llama", 16, "pre-rope", 77, 77),
+    Model("llama", 16, "pre-rope", 52, 102),
+    Model("llama", 4, "pre-rope", 77, 77),
+    Model("llama", 16, "post-rope", 96, 96),
+)
+"""Ratio 0.6, and 0.75 where keys after rotation ask for more; grouped queries in one row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model at a context.
+
+    Attributes:
+        base, eigen: output tokens a second, medians.
+        speedup, low, high: eigen / base, pair by pair: median and quartiles.
+    """
+
+    family: str
+    heads: int
+    kv_heads: int
+    key_mode: str
+    rank_k: int
+    rank_v: int
+    kv_ratio: float
+    context: int
+    batch: int
+    base: float
+    eigen: float
+    speedup: float
+    low: float
+    high: float
+
+
+def write_models(model: Model, args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """Configurations of base and Eigen; vLLM fills in random weights."""
+    from transformers import LlamaConfig, OPTConfig
+
+    from calibration.source import open_source
+    from calibration.write import eigen_config
+
+    heads = args.hidden // HEAD_SIZE
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": max(args.contexts) + MARGIN,
+    }
+    config: Any = (
+        OPTConfig(**shape, ffn_dim=4 * args.hidden, word_embed_proj_dim=args.hidden)
+        if model.family == "opt"
+        else LlamaConfig(
+            **shape, num_key_value_heads=model.kv_heads, intermediate_size=11 * args.hidden // 4
+        )
+    )
+    base, eigen = folder / "base", folder / "eigen"
+    config.architectures = ["OPTForCausalLM" if model.family == "opt" else "LlamaForCausalLM"]
+    config.dtype = "bfloat16"
+    config.save_pretrained(base)
+    source = open_source(str(base), with_weights=False)
+    section = eigen_config(
+        source,
+        [LayerRanks(rank_k=model.rank_k, rank_v=model.rank_v)] * args.layers,
+        key_mode=model.key_mode,
+        method="random",
+        head_group=1,
+        provenance={},
+    )
+    table = {
+        **source.config,
+        "architectures": [source.family.eigen_architecture],
+        "eigen": section.model_dump(mode="json"),
+    }
+    eigen.mkdir()
+    (eigen / "config.json").write_text(json.dumps(table), encoding="utf-8")
+    return base, eigen
+
+
+@contextlib.contextmanager
+def engine(folder: Path, args: argparse.Namespace) -> Iterator[Any]:
+    """A vLLM engine in a process of its own."""
+    from vllm import LLM
+
+    llm = LLM(
+        str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=max(args.contexts) + MARGIN,
+        kv_cache_memory_bytes=args.pool_mib << 20,
+        enable_prefix_caching=True,
+        disable_log_stats=False,
+        enforce_eager=any(" " in place for place in (sys.prefix, str(Path.home()))),
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def decode_speed(llm: Any, prompts: list[list[int]], tokens: int) -> float:
+    """Output tokens a second after every sequence has its first."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+    stats = [result.metrics for result in llm.generate(inputs, params, use_tqdm=False)]
+    # Between the last first token and the first last one every step decodes every sequence.
+    began = max(stat.first_token_ts for stat in stats)
+    ended = min(stat.last_token_ts for stat in stats)
+    return len(prompts) * (tokens - 1) / (ended - began)
+
+
+def measure(model: Model, args: argparse.Namespace, reporter: Reporter) -> list[Row]:
+    """One row a context."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    rows = []
+    with TemporaryDirectory() as work:
+        base, eigen = write_models(model, args, Path(work))
+        with engine(base, args) as one, engine(eigen, args) as other:
+            for context in args.contexts:
+                prompts = generator.integers(3, VOCABULARY, (args.batch, context)).tolist()
+                speeds: tuple[list[float], list[float]] = ([], [])
+                for pair in range(args.pairs + 1):
+                    for index in (0, 1) if pair % 2 else (1, 0):
+                        llm = (one, other)[index]
+                        speeds[index].append(decode_speed(llm, prompts, args.tokens))
+                    reporter.step()
+                # The first pair fills the prefix cache.
+                ratios = [b / a for a, b in zip(speeds[0][1:], speeds[1][1:], strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+                rows.append(
+                    Row(
+                        **asdict(model),
+                        heads=args.hidden // HEAD_SIZE,
+                        kv_ratio=round(model.kv_ratio, 4),
+                        context=context,
+                        batch=args.batch,
+                        base=statistics.median(speeds[0][1:]),
+                        eigen=statistics.median(speeds[1][1:]),
+                        speedup=middle,
+                        low=low,
+                        high=high,
+                    )
+                )
+    return rows
+
+
+def markdown(rows: Sequence[Row], args: argparse.Namespace) -> str:
+    """The table."""
+    lines = [
+        "# Decoding in the engine, base against Eigen",
+        "",
+        f"Random models of {args.layers} layers, hidden size {args.hidden}, heads of {HEAD_SIZE}, "
+        f"bf16; {args.batch} sequences, {args.threads} threads. Output tokens a second of both "
+        "engines, and their ratio pair by pair: median and quartiles. Made by `python -m "
+        "benchmarks.engine_decode`; command, versions and machine are in the JSON beside it.",
+        "",
+        "| model | heads / KV heads | keys | ranks K, V | KV ratio | context | base | Eigen "
+        "| Eigen / base |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.family} | {row.heads} / {row.kv_heads} | {row.key_mode} | {row.rank_k}, "
+        f"{row.rank_v} | {row.kv_ratio:.2f} | {row.context:,} | {row.base:,.1f} | {row.eigen:,.1f} "
+        f"| {row.speedup:.2f} ({row.low:.2f} to {row.high:.2f}) |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """Speed-up against context, one line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        name = f"{row.family} {row.heads}/{row.kv_heads}, {row.key_mode} {row.rank_k}+{row.rank_v}"
+        lines.setdefault(name, []).append(row)
+    for name, mine in lines.items():
+        axis.errorbar(
+            [row.context for row in mine],
+            [row.speedup for row in mine],
+            yerr=[
+                [row.speedup - row.low for row in mine],
+                [row.high - row.speedup for row in mine],
+            ],
+            fmt="o-",
+            capsize=3,
+            label=name,
+        )
+    axis.axhline(1, color="gray", linewidth=1)
+    contexts = sorted({row.context for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axis.set(xlabel="context, tokens", ylabel="output tokens a second, Eigen / base")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine_decode", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--batch", type=int, default=4, help="sequences (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=48, help="output tokens (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 128 (%(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
+    parser.add_argument("--pool-mib", type=int, default=2048, help="KV pool of either engine")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    args = parser.parse_args(argv)
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        OMP_NUM_THREADS=str(args.threads),
+    )
+    rows: list[Row] = []
+    with terminate_as_interrupt(), Reporter() as reporter:
+        try:
+            for model in MODELS:
+                title = f"{model.family} {model.kv_heads} KV heads, {model.key_mode}"
+                reporter.stage(title, len(args.contexts) * (args.pairs + 1))
+                rows += measure(model, args, reporter)
+        except EigenError as error:
+            reporter.note(f"benchmarks.engine_decode: {error}")
+            return error.exit_code
+    record: dict[str, Any] = {
+        **provenance.collect(sys.argv if argv is None else argv),
+        "rows": [asdict(row) for row in rows],
+    }
+    with atomic_file(args.output) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with atomic_file(args.output.with_suffix(".md")) as path:
+        path.write_text(markdown(rows, args), encoding="utf-8")
+    plot(args.output.with_suffix(".png"), rows)
+    print(markdown(rows, args))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,247 @@
+"""What the parts cost that are not attention: start-up, statistics, and bases left unfolded.
+
+`python -m benchmarks.overheads --output FILE.json` uses the shipped model, or `--base MODEL --text
+FILE`, and writes a table beside the JSON. Each row is a ratio of two servers taken pair by pair:
+starts alternate, and under load both servers run and take turns, so that a machine that slows down
+slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.decoding import tokens_per_second
+from calibration.interrupt import terminate_as_interrupt
+from calibration.progress import Reporter
+from server.process import ServerProcess, start
+from vllm_eigen import cli, provenance
+from vllm_eigen.errors import EigenError, EngineError
+from vllm_eigen.files import atomic_file
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+STARTUP_SECONDS = 600.0
+NAME = "overheads"
+PROMPTS = ("Return a new array of", "This module provides a", "Raise an exception if the")
+VLLM = "vllm.entrypoints.cli.main"
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """One comparison.
+
+    Attributes:
+        what: the question.
+        unit: seconds (less is better) or tokens/s (more is better).
+        one, other: medians of the two sides.
+        ratios: other / one, pair by pair.
+        median, low, high: of the ratios, with their quartiles.
+    """
+
+    what: str
+    unit: str
+    one: float
+    other: float
+    ratios: tuple[float, ...]
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, what: str, unit: str, one: Sequence[float], other: Sequence[float]) -> Overhead:
+        """From at least two pairs."""
+        ratios = [b / a for a, b in zip(one, other, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return cls(
+            what,
+            unit,
+            statistics.median(one),
+            statistics.median(other),
+            tuple(round(ratio, 4) for ratio in ratios),
+            middle,
+            low,
+            high,
+        )
+
+
+def startup(base: Path, eigen: Path, logs: Path, pairs: int, reporter: Reporter) -> Overhead:
+    """Seconds from the command to an answer of `/health`, by turns; the first pair is not counted.
+
+    That pair fills the caches: torch's compiled graphs of either model, our compiled kernels.
+    """
+    seconds: dict[Path, list[float]] = {base: [], eigen: []}
+    reporter.stage("start-up", 2 * (pairs + 1))
+    for pair in range(pairs + 1):
+        for model in (base, eigen) if pair % 2 else (eigen, base):
+            began = time.monotonic()
+            with start(model, *_options(), log=logs / "startup.log") as server:
+                server.wait_ready(STARTUP_SECONDS)
+                seconds[model].append(time.monotonic() - began)
+            reporter.step()
+    return Overhead.of("start-up, Eigen against base", "s", seconds[base][1:], seconds[eigen][1:])
+
+
+def decode(
+    what: str, one: ServerProcess, other: ServerProcess, args: argparse.Namespace, report: Reporter
+) -> Overhead:
+    """Output tokens a second of two running servers, by turns."""
+    from openai import OpenAI
+
+    sides = [
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300.0)
+        for server in (one, other)
+    ]
+    speeds: tuple[list[float], list[float]] = ([], [])
+    report.stage(what, 2 * (args.pairs + 2))
+    for pair in range(args.pairs + 2):
+        for index in (0, 1) if pair % 2 else (1, 0):
+            speeds[index].append(
+                tokens_per_second(sides[index], NAME, PROMPTS, users=args.users, tokens=args.tokens)
+            )
+            report.step()
+    return Overhead.of(what, "tokens/s", speeds[0][2:], speeds[1][2:])
+
+
+@contextlib.contextmanager
+def watched(server: ServerProcess) -> Iterator[None]:
+    """Read the live statistics all the while, as an open dashboard does.
+
+    Raises:
+        EngineError: nothing came.
+    """
+    events = 0
+
+    def read() -> None:
+        nonlocal events
+        with contextlib.suppress(OSError, ValueError):  # closed at the end
+            for line in stream:
+                events += line.startswith(b"data:")
+
+    stream = urllib.request.urlopen(f"{server.url}/v1/kv_cache/stream", timeout=60)
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            stream.fp.raw._sock.shutdown(2)
+        reader.join(10.0)
+    if not events:
+        raise EngineError(f"{server.url}/v1/kv_cache/stream sent nothing")
+
+
+def measure(args: argparse.Namespace, work: Path, reporter: Reporter) -> list[Overhead]:
+    """All rows."""
+    base = args.base
+    folded, bases = (
+        _calibrated(args, work / name, *options, reporter=reporter)
+        for name, options in (("folded", ()), ("bases", ("--bases-only",)))
+    )
+    rows = [startup(base, folded, work, args.starts, reporter)]
+    own = {"VLLM_PLUGINS": "eigen"}  # the models without our routes
+    with (
+        start(folded, *_options(), log=work / "1.log", environment=own, program=VLLM) as one,
+        start(folded, *_options(), log=work / "2.log") as other,
+    ):
+        one.wait_ready(STARTUP_SECONDS)
+        other.wait_ready(STARTUP_SECONDS)
+        with watched(other):
+            what = "decode, routes and statistics against vLLM's server alone"
+            rows.append(decode(what, one, other, args, reporter))
+    with (
+        start(folded, *_options(), log=work / "3.log") as one,
+        start(base, *_options(), "--eigen-bases", str(bases), log=work / "4.log") as other,
+    ):
+        one.wait_ready(STARTUP_SECONDS)
+        other.wait_ready(STARTUP_SECONDS)
+        rows.append(decode("decode, bases only against folded", one, other, args, reporter))
+    return rows
+
+
+def markdown(rows: Sequence[Overhead]) -> str:
+    """The table."""
+    lines = [
+        "# What the parts cost that are not attention",
+        "",
+        "Ratios of the second to the first, pair by pair: median and quartiles. Made by `python -m "
+        "benchmarks.overheads`; command, versions and machine are in the JSON beside it.",
+        "",
+        "| what | first | second | ratio | pairs |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.what} | {row.one:,.4g} {row.unit} | {row.other:,.4g} {row.unit} "
+        f"| {row.median:.3f} ({row.low:.3f} to {row.high:.3f}) | {len(row.ratios)} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overheads", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--base", type=Path, default=DEMO / "model", metavar="DIR")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="calibration text")
+    parser.add_argument("--kv-ratio", type=float, default=0.6)
+    parser.add_argument("--starts", type=int, default=5, help="pairs of starts (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=40, help="pairs of loads (%(default)s)")
+    parser.add_argument("--users", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256, help="output tokens of each user")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    args = parser.parse_args(argv)
+    if min(args.starts, args.pairs) < 2:
+        parser.error("--starts and --pairs must be at least 2")
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
+    with TemporaryDirectory() as work, terminate_as_interrupt(), Reporter() as reporter:
+        try:
+            rows = measure(args, Path(work), reporter)
+        except EigenError as error:
+            reporter.note(f"benchmarks.overheads: {error}")
+            return error.exit_code
+    record: dict[str, Any] = {
+        **provenance.collect(sys.argv if argv is None else argv),
+        "rows": [asdict(row) for row in rows],
+    }
+    with atomic_file(args.output) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with atomic_file(args.output.with_suffix(".md")) as path:
+        path.write_text(markdown(rows), encoding="utf-8")
+    print(markdown(rows))
+    return 0
+
+
+def _calibrated(args: argparse.Namespace, folder: Path, *options: str, reporter: Reporter) -> Path:
+    text = args.text
+    if text is None:
+        from demo import corpus
+
+        text = folder.with_suffix(".txt")
+        corpus.write("calibration", text, max_bytes=200_000)
+    reporter.note(f"calibrating {folder.name} ...")
+    arguments = ["calibrate", str(args.base), "--output", str(folder), "--text", str(text)]
+    arguments += ["--kv-ratio", str(args.kv_ratio), "--samples", "32", "--quiet"]
+    if cli.main([*arguments, *options]):
+        raise EngineError("calibration failed, see above")
+    return folder
+
+
+def _options() -> list[str]:
+    return ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", NAME]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
