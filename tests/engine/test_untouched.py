@@ -70,6 +70,10 @@ def overrides(served: Served, model: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
+    reason="vLLM has no kernels for 4-bit weights, and inexact ones for 8-bit, without AVX512",
+)
 @pytest.mark.parametrize(
     "form",
     [pytest.param(f, marks=pytest.mark.feature(f"{f} weights under bases-only")) for f in FORMATS],
