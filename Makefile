@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The CUDA build of vLLM where an NVIDIA GPU answers, the CPU build elsewhere.
 ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# Test processes at once; an engine takes about 2 GiB.
+JOBS ?= 2
 CONSTRAINTS := constraints-$(ACCELERATOR).txt
 # vLLM's CPU build asks for these, but their wheels are built for CUDA and break transformers.
 UNUSABLE_cpu := torchvision torchaudio torchcodec
@@ -37,7 +39,7 @@ check: $(VENV)/.dev
 	"$(BIN)/python" -m mypy docker/entrypoint.py docker/health.py
 
 test: check
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest --numprocesses $(JOBS) --dist loadfile
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'

@@ -1,7 +1,7 @@
 """`docs/compatibility.md`, written from what the engine tests found.
 
-`pytest tests/engine --compatibility FILE`: rows and columns of `test_matrix.py`, then every test
-that is marked `feature` (it works) or `refused` (it ends in a message that says what to do).
+`pytest tests/engine --compatibility FILE`: rows and columns of the matrix (`rows.py`), then every
+test that is marked `feature` (it works) or `refused` (it ends in a message that says what to do).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Compatibility:
         if report.when != "call" and report.passed:
             return report  # type: ignore[return-value]
         name, _, row = item.name.rstrip("]").partition("[")
-        if "test_matrix.py" in item.nodeid:
+        if name in COLUMNS:
             self._cells[row, name] = report.passed
         for mark in item.iter_markers():
             if mark.name in self._notes:

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from tests.engine import harness
+from tests.engine.rows import Row, Served
 
 FAMILIES = ("llama", "opt")
 Models = Callable[[str, str, float], Path]
+Rows = Callable[[Row], Served]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,3 +61,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Models:
         return harness.calibrate(make(family, dtype, 0), folder, text, ratio, "--overwrite")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """A matrix row's models, made when first asked for."""
+    return cache(lambda row: row.write(tmp_path_factory.mktemp(str(row))))

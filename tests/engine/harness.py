@@ -22,6 +22,8 @@ from vllm_eigen.checkpoint import LayerRanks
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
 POOL_BYTES = 64 << 20
 MAX_MODEL_LEN = 2048
+LOGIT_LIMIT = 1e-4
+"""Most relative error of logits in float32."""
 
 
 def write_base(family: str, folder: Path, dtype: torch.dtype) -> Path:
@@ -199,6 +201,18 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference relative to the norm of the expected, the worst row."""
     difference = torch.linalg.vector_norm(found.double() - expected.double(), dim=-1)
     return float((difference / torch.linalg.vector_norm(expected.double(), dim=-1)).max())
+
+
+def check(
+    model: Any,
+    asked: Sequence[Sequence[int]],
+    answers: Sequence[Answer],
+    limit: float = LOGIT_LIMIT,
+) -> None:
+    """Compare every logit with a transformers model's."""
+    for prompt, answer in zip(asked, answers, strict=True):
+        expected = expected_logits(model, prompt, answer.tokens)
+        assert relative_error(answer.logits, expected) < limit, f"prompt of {len(prompt)} tokens"
 
 
 def cached_elements(folder: Path) -> int:

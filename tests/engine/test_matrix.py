@@ -1,48 +1,38 @@
 """Every family in every key mode through the engine, against transformers in plain PyTorch.
 
 A row (`rows.py`) gives one engine with small pages, chunks and pool, pushed through prefill, prefix
-hits and preemption, and one each that is compiled, stores fp8, or is split over two ranks. Each
-logit is compared with `calibration.unfold`'s model of the same checkpoint.
+hits and preemption, and one that stores fp8; `test_compiled.py` and `test_two_ranks.py` have the
+other columns. Each logit is compared with `calibration.unfold`'s model of the same checkpoint.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from calibration.evaluate import load_with_fp8_cache
 from calibration.unfold import load_reference
+from tests.engine.conftest import Rows
 from tests.engine.harness import (
-    Answer,
+    LOGIT_LIMIT,
     ask,
     cached_elements,
+    check,
     engine,
     expected_logits,
     metric,
     relative_error,
 )
-from tests.engine.rows import MAX_MODEL_LEN, ROWS, Row, Served
-from tests.engine.two_ranks import TwoRanks, word_prompts
+from tests.engine.rows import MAX_MODEL_LEN, ROWS, Row
+from tests.engine.two_ranks import word_prompts
 
 CHUNK = 48
 BLOCK = 16
 BLOCKS = 40
-LIMIT = 1e-4
 FP8_LIMIT = 5e-3
 """A latent next to the middle of two fp8 values may be rounded to the other one."""
-
-Rows = Callable[[Row], Served]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """A row's models, made when first asked for."""
-    return cache(lambda row: row.write(tmp_path_factory.mktemp(str(row))))
 
 
 @pytest.fixture(scope="module", params=ROWS, ids=str)
@@ -60,20 +50,6 @@ def pair(request: pytest.FixtureRequest, served: Rows) -> Iterator[tuple[Any, An
         **found.options,
     ) as llm:
         yield llm, load_reference(found.eigen)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(served: Rows, tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
-    """What every row gives on two tensor-parallel ranks."""
-    folder = tmp_path_factory.mktemp("two-ranks")
-    return TwoRanks.run({str(row): served(row) for row in ROWS}, folder)
-
-
-def check(model: Any, asked: list[list[int]], answers: list[Answer], limit: float = LIMIT) -> None:
-    """Compare every logit."""
-    for prompt, answer in zip(asked, answers, strict=True):
-        expected = expected_logits(model, prompt, answer.tokens)
-        assert relative_error(answer.logits, expected) < limit, f"prompt of {len(prompt)} tokens"
 
 
 def test_prefill(pair: tuple[Any, Any]) -> None:
@@ -125,24 +101,4 @@ def test_fp8(row: Row, served: Rows) -> None:
         answers = ask(llm, asked, 4, logits=True)
     check(load_with_fp8_cache(found.eigen), asked, answers, FP8_LIMIT)
     exact = expected_logits(load_reference(found.eigen), asked[1], answers[1].tokens)
-    assert relative_error(answers[1].logits, exact) > LIMIT, "nothing was rounded"
-
-
-@pytest.mark.skipif(
-    any(" " in place for place in (sys.prefix, str(Path.home()))),
-    reason="torch's compiler cannot work below a path with spaces",
-)
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_compiled(row: Row, served: Rows) -> None:
-    found = served(row)
-    asked = word_prompts([1, 40, 100], seed=9)
-    with engine(
-        found.model, max_model_len=MAX_MODEL_LEN, enforce_eager=False, **found.options
-    ) as llm:
-        check(load_reference(found.eigen), asked, ask(llm, asked, 4, logits=True))
-
-
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_two_ranks(row: Row, served: Rows, two_ranks: TwoRanks) -> None:
-    asked, answers = two_ranks.answers(str(row))
-    check(load_reference(served(row).eigen), asked, answers)
+    assert relative_error(answers[1].logits, exact) > LOGIT_LIMIT, "nothing was rounded"
