@@ -154,17 +154,14 @@ def engine(folder: Path, args: argparse.Namespace) -> Iterator[Any]:
 
 
 def decode_speed(llm: Any, prompts: list[list[int]], tokens: int) -> float:
-    """Output tokens a second after every sequence has its first."""
+    """Output tokens a second of all sequences together, each after its first."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
     stats = [result.metrics for result in llm.generate(inputs, params, use_tqdm=False)]
-    # Between the last first token and the first last one every step decodes every sequence.
-    began = max(stat.first_token_ts for stat in stats)
-    ended = min(stat.last_token_ts for stat in stats)
-    return len(prompts) * (tokens - 1) / (ended - began)
+    return sum((tokens - 1) / (stat.last_token_ts - stat.first_token_ts) for stat in stats)
 
 
 def measure(model: Model, args: argparse.Namespace, reporter: Reporter) -> list[Row]:

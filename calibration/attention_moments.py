@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 
 import torch
 
 from calibration.methods.base import Batch, Statistic
 from calibration.moments import add_outer, add_per_head, rotate
 from vllm_eigen.families import Geometry
+
+TILE = 256
+"""Queries at a time where a matrix of queries by keys is needed."""
 
 
 class RotatedKeySensitivity(Statistic):
@@ -110,6 +112,12 @@ class GroupContext(Statistic):
 
     def update(self, total: torch.Tensor, batch: Batch) -> None:
         """Add a batch."""
+        if self.head_group == 1:
+            shared = batch.context.shape[2] // total.shape[0]
+            add_per_head(
+                total, batch.context.unflatten(2, (-1, shared)).transpose(2, 3).flatten(1, 2)
+            )
+            return
         weights = batch.attention()
         batches, length, _, size = batch.value.shape
         values = batch.value.reshape(batches, length, -1, self.head_group * size)
@@ -136,9 +144,7 @@ def cotangent(batch: Batch) -> torch.Tensor:
 
 def value_gradient(batch: Batch) -> torch.Tensor:
     """g of the values, [batch, length, num_kv_heads, head_size]: sum over heads of p^T W_o^T u."""
-    weights, target = batch.attention(), cotangent(batch)
-    gradient = torch.einsum("bhts,bthd->bshd", weights, target)
-    return _share(gradient, batch.value.shape[2])
+    return _gradients(batch)["value_gradient"]
 
 
 def key_gradient(batch: Batch) -> torch.Tensor:
@@ -147,32 +153,46 @@ def key_gradient(batch: Batch) -> torch.Tensor:
     With y = W_o^T u: d(logit)_ts = p_ts (y_t . v_s - y_t . c_t), g_s = sum_t d(logit)_ts q_t,
     times the softmax scale.
     """
-    query = rotate(batch.query, batch.cos, batch.sin)
-    gradient = torch.empty_like(query)
-    for head, score in enumerate(_score_gradients(batch)):
-        gradient[:, :, head] = score.mT @ query[:, :, head]
-    return _share(gradient, batch.value.shape[2]) / math.sqrt(query.shape[-1])
+    return _gradients(batch)["key_gradient"]
 
 
 def query_gradient(batch: Batch) -> torch.Tensor:
     """f of the queries after the rotary embedding, [batch, length, num_heads, head_size]."""
-    key = rotate(batch.key, batch.cos, batch.sin)
-    gradient = torch.empty_like(batch.query)
-    shared = batch.query.shape[2] // key.shape[2]
-    for head, score in enumerate(_score_gradients(batch)):
-        gradient[:, :, head] = score @ key[:, :, head // shared]
-    return gradient / math.sqrt(key.shape[-1])
+    return _gradients(batch)["query_gradient"]
 
 
-def _score_gradients(batch: Batch) -> Iterator[torch.Tensor]:
-    """d(sum_t u_t . out_t) / d(logit_ts) of one query head after the other, [batch, t, s]."""
+def _gradients(batch: Batch) -> dict[str, torch.Tensor]:
+    """All three, from one pass over the attention and d(sum_t u_t . out_t) / d(logit_ts).
+
+    The latter is as large as the attention, so it is made in tiles that stay in a CPU's cache, and
+    only up to the diagonal.
+    """
+    if "key_gradient" in batch.derived:
+        return batch.derived
     weights, target = batch.attention(), cotangent(batch)
-    shared = target.shape[2] // batch.value.shape[2]
-    for head in range(target.shape[2]):
-        aim = target[:, :, head]
-        score = aim @ batch.value[:, :, head // shared].mT
-        score -= (aim * batch.context[:, :, head]).sum(-1, keepdim=True)
-        yield score * weights[:, head]
+    query = rotate(batch.query, batch.cos, batch.sin)
+    key = rotate(batch.key, batch.cos, batch.sin)
+    length, heads, size = query.shape[1:]
+    shared = heads // key.shape[2]
+    mean = (target * batch.context).sum(-1, keepdim=True)
+    by_key, by_value, by_query = (torch.zeros_like(query) for _ in range(3))
+    for head in range(heads):
+        keys, values = key[:, :, head // shared], batch.value[:, :, head // shared]
+        for start in range(0, length, TILE):
+            rows, seen = slice(start, start + TILE), slice(0, start + TILE)
+            attention = weights[:, head, rows, seen]
+            aim = target[:, rows, head]
+            score = (aim @ values[:, seen].mT).sub_(mean[:, rows, head]).mul_(attention)
+            by_value[:, seen, head] += attention.mT @ aim
+            by_key[:, seen, head] += score.mT @ query[:, rows, head]
+            by_query[:, rows, head] = score @ keys[:, seen]
+    scale = math.sqrt(size)
+    batch.derived.update(
+        key_gradient=_share(by_key, key.shape[2]) / scale,
+        value_gradient=_share(by_value, key.shape[2]),
+        query_gradient=by_query / scale,
+    )
+    return batch.derived
 
 
 def _share(gradient: torch.Tensor, num_kv_heads: int) -> torch.Tensor:

@@ -42,6 +42,7 @@ class Batch:
         weights: attention probabilities, [batch, num_heads, length, length]; None where the
             attention implementation does not give them.
         o_proj: weight of the output projection, [hidden_size, num_heads, head_size].
+        derived: what one statistic computed of this batch for others to find, by name.
     """
 
     query: torch.Tensor
@@ -52,6 +53,7 @@ class Batch:
     sin: torch.Tensor | None = None
     weights: torch.Tensor | None = None
     o_proj: torch.Tensor | None = None
+    derived: dict[str, torch.Tensor] = field(default_factory=dict, init=False)
 
     def attention(self) -> torch.Tensor:
         """The attention probabilities of a batch that must have them."""

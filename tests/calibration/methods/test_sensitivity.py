@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibration import attention_moments
 from calibration.attention_moments import (
     cotangent,
     group_context,
@@ -23,6 +25,14 @@ from calibration.methods.base import Batch, Layer, hartley
 from calibration.methods.sensitivity import FLOOR, oblique_basis
 from calibration.moments import Accumulator, rotate
 from vllm_eigen.families import Geometry
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    """Seven tokens are three tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_moments, "TILE", 3)
+        yield
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,41 @@
+"""Arithmetic of the overhead benchmark, and what it asks of a server."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.decoding import tokens_per_second
+from benchmarks.overheads import Overhead, markdown
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    found = Overhead.of("a question", "s", [1.0, 10.0, 2.0], [1.1, 9.0, 2.0])
+    assert found.ratios == (1.1, 0.9, 1.0)
+    assert (found.one, found.other, found.median) == (2.0, 2.0, 1.0)
+    assert (found.low, found.high) == pytest.approx((0.95, 1.05))
+    assert "| a question | 2 s | 2 s | 1.000 (0.950 to 1.050) | 3 |" in markdown([found])
+
+
+class Client:
+    """Answers after a while with as many tokens as were asked for."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.asked = seconds, []  # type: ignore[var-annotated]
+        self.completions = SimpleNamespace(create=self.create)
+
+    def create(self, **request: Any) -> Any:
+        self.asked.append(request)
+        time.sleep(self.seconds)
+        return SimpleNamespace(usage=SimpleNamespace(completion_tokens=request["max_tokens"]))
+
+
+def test_users_ask_at_the_same_time() -> None:
+    client = Client(seconds=0.2)
+    speed = tokens_per_second(client, "model", ["a", "b"], users=4, tokens=10)
+    assert 40 / 0.8 < speed <= 40 / 0.2, "all four at once, none faster than the server"
+    assert sorted(request["prompt"] for request in client.asked) == ["a", "a", "b", "b"]
+    assert all(request["extra_body"] == {"ignore_eos": True} for request in client.asked)
