@@ -60,7 +60,8 @@ $(VENV)/.dev: $(VENV)/.$(ACCELERATOR)
 	@touch $@
 
 compatibility: $(VENV)/.dev
-	"$(BIN)/python" -m pytest tests/engine --compatibility docs/compatibility.md
+	"$(BIN)/python" -m pytest tests/engine --numprocesses $(JOBS) --dist loadfile \
+	    --compatibility docs/compatibility.md
 
 clean:
 	rm -rf $(VENV) .demo

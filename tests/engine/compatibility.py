@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -48,24 +47,23 @@ class Compatibility:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._cells: dict[tuple[str, str], bool] = {}
-        self._notes: dict[str, dict[str, bool]] = {"feature": {}, "refused": {}}
+        self._cells: dict[tuple[str, str], str] = {}
+        self._notes: dict[str, dict[str, str]] = {"feature": {}, "refused": {}}
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Iterable[None]:
-        report: pytest.TestReport = yield  # type: ignore[misc]
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
-            return report  # type: ignore[return-value]
-        name, _, row = item.name.rstrip("]").partition("[")
+            return
+        word = "yes" if report.passed else "**no**"
+        if report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+            word = f"not run here ({reason.removeprefix('Skipped: ')})"
+        name, _, row = report.nodeid.split("::")[-1].rstrip("]").partition("[")
         if name in COLUMNS:
-            self._cells[row, name] = report.passed
-        for mark in item.iter_markers():
-            if mark.name in self._notes:
-                found = self._notes[mark.name]
-                found[mark.args[0]] = found.get(mark.args[0], True) and report.passed
-        return report  # type: ignore[return-value]
+            self._cells[row, name] = word
+        for kind, note in report.user_properties:
+            found = self._notes[kind]
+            if found.get(str(note)) != "**no**":  # one of several tests is enough
+                found[str(note)] = word
 
     def pytest_sessionfinish(self) -> None:
         with atomic_file(self._path) as path:
@@ -85,13 +83,13 @@ class Compatibility:
         lines = ["| family | keys | " + " | ".join(COLUMNS.values()) + " |"]
         lines.append("|---" * (len(COLUMNS) + 2) + "|")
         for row in ROWS:
-            cells = [_word(self._cells.get((str(row), test))) for test in COLUMNS]
+            cells = [self._cells.get((str(row), test), "not run") for test in COLUMNS]
             lines.append(f"| {row.kind} | {row.name} | " + " | ".join(cells) + " |")
         text += "\n".join(lines) + "\n" + MODES
         for kind, title in (("feature", "vLLM's features"), ("refused", "Refused, in one line")):
             text += f"\n## {title}\n\n"
             notes = sorted(self._notes[kind].items())
-            text += "\n".join(f"- {name}: {_word(passed)}" for name, passed in notes) + "\n"
+            text += "\n".join(f"- {name}: {word}" for name, word in notes) + "\n"
         return text
 
 
@@ -104,7 +102,3 @@ def _installed(*names: str) -> str:
             continue
         return name
     raise LookupError(f"none of {names} is installed")
-
-
-def _word(passed: bool | None) -> str:
-    return {True: "yes", False: "**no**", None: "not run"}[passed]

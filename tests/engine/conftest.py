@@ -26,13 +26,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "feature(name): one of vLLM's features, shown to work")
     config.addinivalue_line("markers", "refused(name): a combination that ends in a message")
     path = config.getoption("--compatibility", None)
-    if path is not None:
+    if path is not None and not hasattr(config, "workerinput"):  # of pytest-xdist
         from tests.engine.compatibility import Compatibility
 
         config.pluginmanager.register(Compatibility(path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers():
+            if mark.name in ("feature", "refused"):
+                item.user_properties.append((mark.name, mark.args[0]))
     if importlib.util.find_spec("vllm") is not None:
         return
     for item in items:
