@@ -161,7 +161,7 @@ def decode_speed(llm: Any, prompts: list[list[int]], tokens: int) -> float:
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
     stats = [result.metrics for result in llm.generate(inputs, params, use_tqdm=False)]
-    return sum((tokens - 1) / (stat.last_token_ts - stat.first_token_ts) for stat in stats)
+    return float(sum((tokens - 1) / (stat.last_token_ts - stat.first_token_ts) for stat in stats))
 
 
 def measure(model: Model, args: argparse.Namespace, reporter: Reporter) -> list[Row]:

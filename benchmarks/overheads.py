@@ -35,7 +35,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 STARTUP_SECONDS = 600.0
 NAME = "overheads"
 PROMPTS = ("Return a new array of", "This module provides a", "Raise an exception if the")
-VLLM = "vllm.entrypoints.cli.main"
+VLLM = ("vllm.entrypoints.openai.api_server", "--model")
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,14 @@ def watched(server: ServerProcess) -> Iterator[None]:
         raise EngineError(f"{server.url}/v1/kv_cache/stream sent nothing")
 
 
-def measure(args: argparse.Namespace, work: Path, reporter: Reporter) -> list[Overhead]:
-    """All rows."""
+def measure(args: argparse.Namespace, work: Path, reporter: Reporter) -> Iterator[Overhead]:
+    """One row after the other."""
     base = args.base
     folded, bases = (
         _calibrated(args, work / name, *options, reporter=reporter)
         for name, options in (("folded", ()), ("bases", ("--bases-only",)))
     )
-    rows = [startup(base, folded, work, args.starts, reporter)]
+    yield startup(base, folded, work, args.starts, reporter)
     own = {"VLLM_PLUGINS": "eigen"}  # the models without our routes
     with (
         start(folded, *_options(), log=work / "1.log", environment=own, program=VLLM) as one,
@@ -159,15 +159,14 @@ def measure(args: argparse.Namespace, work: Path, reporter: Reporter) -> list[Ov
         other.wait_ready(STARTUP_SECONDS)
         with watched(other):
             what = "decode, routes and statistics against vLLM's server alone"
-            rows.append(decode(what, one, other, args, reporter))
+            yield decode(what, one, other, args, reporter)
     with (
         start(folded, *_options(), log=work / "3.log") as one,
         start(base, *_options(), "--eigen-bases", str(bases), log=work / "4.log") as other,
     ):
         one.wait_ready(STARTUP_SECONDS)
         other.wait_ready(STARTUP_SECONDS)
-        rows.append(decode("decode, bases only against folded", one, other, args, reporter))
-    return rows
+        yield decode("decode, bases only against folded", one, other, args, reporter)
 
 
 def markdown(rows: Sequence[Overhead]) -> str:
@@ -206,12 +205,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.starts, args.pairs) < 2:
         parser.error("--starts and --pairs must be at least 2")
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
+    rows: list[Overhead] = []
+    status = 0
     with TemporaryDirectory() as work, terminate_as_interrupt(), Reporter() as reporter:
         try:
-            rows = measure(args, Path(work), reporter)
-        except EigenError as error:
+            for row in measure(args, Path(work), reporter):
+                rows.append(row)
+                reporter.note(f"{row.what}: {row.median:.3f} ({row.low:.3f} to {row.high:.3f})")
+        except EigenError as error:  # What was measured is kept.
             reporter.note(f"benchmarks.overheads: {error}")
-            return error.exit_code
+            status = error.exit_code
     record: dict[str, Any] = {
         **provenance.collect(sys.argv if argv is None else argv),
         "rows": [asdict(row) for row in rows],
@@ -221,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with atomic_file(args.output.with_suffix(".md")) as path:
         path.write_text(markdown(rows), encoding="utf-8")
     print(markdown(rows))
-    return 0
+    return status
 
 
 def _calibrated(args: argparse.Namespace, folder: Path, *options: str, reporter: Reporter) -> Path:
@@ -233,7 +236,8 @@ def _calibrated(args: argparse.Namespace, folder: Path, *options: str, reporter:
         corpus.write("calibration", text, max_bytes=200_000)
     reporter.note(f"calibrating {folder.name} ...")
     arguments = ["calibrate", str(args.base), "--output", str(folder), "--text", str(text)]
-    arguments += ["--kv-ratio", str(args.kv_ratio), "--samples", "32", "--quiet"]
+    arguments += ["--kv-ratio", str(args.kv_ratio), "--samples", "32"]
+    arguments += ["--seq-len", "512", "--quiet"]
     if cli.main([*arguments, *options]):
         raise EngineError("calibration failed, see above")
     return folder

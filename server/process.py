@@ -90,7 +90,7 @@ def start(
     log: Path,
     port: int | None = None,
     environment: Mapping[str, str] | None = None,
-    program: str = "vllm_eigen.cli",
+    program: Sequence[str] = ("vllm_eigen.cli", "serve"),
 ) -> Iterator[ServerProcess]:
     """Start a server for `model` on 127.0.0.1, and stop it when the block ends.
 
@@ -100,14 +100,13 @@ def start(
         log: file that receives the server's output.
         port: TCP port; a free one by default.
         environment: variables added to this process's.
-        program: module that has the `serve` command; vLLM's own to compare with.
+        program: module to run and what stands before the model; vLLM's own to compare with.
     """
     port = free_port() if port is None else port
     command: Sequence[str] = (
         sys.executable,
         "-m",
-        program,
-        "serve",
+        *program,
         str(model),
         "--host",
         "127.0.0.1",
