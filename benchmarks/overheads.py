@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -149,7 +149,10 @@ def measure(args: argparse.Namespace, work: Path, reporter: Reporter) -> Iterato
         _calibrated(args, work / name, *options, reporter=reporter)
         for name, options in (("folded", ()), ("bases", ("--bases-only",)))
     )
-    yield startup(base, folded, work, args.starts, reporter)
+    if args.starts:
+        yield startup(base, folded, work, args.starts, reporter)
+    if not args.pairs:
+        return
     own = {"VLLM_PLUGINS": "eigen"}  # the models without our routes
     with (
         start(folded, *_options(), log=work / "1.log", environment=own, program=VLLM) as one,
@@ -169,20 +172,22 @@ def measure(args: argparse.Namespace, work: Path, reporter: Reporter) -> Iterato
         yield decode("decode, bases only against folded", one, other, args, reporter)
 
 
-def markdown(rows: Sequence[Overhead]) -> str:
+def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
     """The table."""
     lines = [
         "# What the parts cost that are not attention",
         "",
         "Ratios of the second to the first, pair by pair: median and quartiles. Made by `python -m "
-        "benchmarks.overheads`; command, versions and machine are in the JSON beside it.",
+        "benchmarks.overheads`; commands, versions and machines are in the JSON beside it.",
         "",
         "| what | first | second | ratio | pairs |",
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.what} | {row.one:,.4g} {row.unit} | {row.other:,.4g} {row.unit} "
-        f"| {row.median:.3f} ({row.low:.3f} to {row.high:.3f}) | {len(row.ratios)} |"
+        "| {what} | {one:,.4g} {unit} | {other:,.4g} {unit} "
+        "| {median:.3f} ({low:.3f} to {high:.3f}) | {pairs} |".format(
+            **row, pairs=len(row["ratios"])
+        )
         for row in rows
     ]
     return "\n".join(lines) + "\n"
@@ -202,29 +207,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=256, help="output tokens of each user")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     args = parser.parse_args(argv)
-    if min(args.starts, args.pairs) < 2:
-        parser.error("--starts and --pairs must be at least 2")
+    if not all(count == 0 or count > 1 for count in (args.starts, args.pairs)):
+        parser.error("--starts and --pairs must be at least 2, or 0 to leave them out")
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
-    rows: list[Overhead] = []
+    made = provenance.collect(sys.argv if argv is None else argv)
+    rows = stored(args.output)
     status = 0
     with TemporaryDirectory() as work, terminate_as_interrupt(), Reporter() as reporter:
         try:
             for row in measure(args, Path(work), reporter):
-                rows.append(row)
+                rows[row.what] = asdict(row) | {"provenance": made}
+                save(args.output, rows)
                 reporter.note(f"{row.what}: {row.median:.3f} ({row.low:.3f} to {row.high:.3f})")
-        except EigenError as error:  # What was measured is kept.
+        except EigenError as error:
             reporter.note(f"benchmarks.overheads: {error}")
             status = error.exit_code
-    record: dict[str, Any] = {
-        **provenance.collect(sys.argv if argv is None else argv),
-        "rows": [asdict(row) for row in rows],
-    }
-    with atomic_file(args.output) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    with atomic_file(args.output.with_suffix(".md")) as path:
-        path.write_text(markdown(rows), encoding="utf-8")
-    print(markdown(rows))
+    print(markdown(rows.values()))
     return status
+
+
+def stored(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of earlier runs by `what`; a new run replaces those it measures.
+
+    Raises:
+        SystemExit: the file is no such table.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return {row["what"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"benchmarks.overheads: {path} is no result of this command") from error
+
+
+def save(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the JSON, and the table beside it."""
+    with atomic_file(path) as work:
+        work.write_text(json.dumps({"rows": list(rows.values())}, indent=1) + "\n", "utf-8")
+    with atomic_file(path.with_suffix(".md")) as work:
+        work.write_text(markdown(rows.values()), encoding="utf-8")
 
 
 def _calibrated(args: argparse.Namespace, folder: Path, *options: str, reporter: Reporter) -> Path:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.decoding import tokens_per_second
-from benchmarks.overheads import Overhead, markdown
+from benchmarks.overheads import Overhead, markdown, save, stored
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
@@ -17,7 +19,22 @@ def test_ratios_are_taken_pair_by_pair() -> None:
     assert found.ratios == (1.1, 0.9, 1.0)
     assert (found.one, found.other, found.median) == (2.0, 2.0, 1.0)
     assert (found.low, found.high) == pytest.approx((0.95, 1.05))
-    assert "| a question | 2 s | 2 s | 1.000 (0.950 to 1.050) | 3 |" in markdown([found])
+    assert "| a question | 2 s | 2 s | 1.000 (0.950 to 1.050) | 3 |" in markdown([asdict(found)])
+
+
+def test_a_run_replaces_the_rows_it_measures(tmp_path: Path) -> None:
+    path = tmp_path / "overheads.json"
+    assert stored(path) == {}
+    old, new = (Overhead.of("one", "s", [1.0, 1.0], [r, r]) for r in (2.0, 3.0))
+    save(path, {"one": asdict(old), "two": asdict(old) | {"what": "two"}})
+    rows = stored(path)
+    rows["one"] = asdict(new)
+    save(path, rows)
+    assert [row["median"] for row in stored(path).values()] == [3.0, 2.0]
+    assert "| two | 1 s | 2 s | 2.000" in path.with_suffix(".md").read_text(encoding="utf-8")
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(SystemExit, match="no result"):
+        stored(path)
 
 
 class Client:
