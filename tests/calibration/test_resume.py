@@ -24,6 +24,7 @@ def fork(command: Command, *arguments: Any) -> int:
     if child:
         return child
     status = 99
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
     try:
         status, _, error = command(*arguments)
         os.write(2, error.encode())
