@@ -20,8 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.pairs import Ratio, by_turns
 from calibration.interrupt import terminate_as_interrupt
 from calibration.progress import Reporter
+from server.process import can_compile
 from vllm_eigen import provenance
 from vllm_eigen.checkpoint import LayerRanks
 from vllm_eigen.errors import EigenError
@@ -145,7 +147,7 @@ def engine(folder: Path, args: argparse.Namespace) -> Iterator[Any]:
         kv_cache_memory_bytes=args.pool_mib << 20,
         enable_prefix_caching=True,
         disable_log_stats=False,
-        enforce_eager=any(" " in place for place in (sys.prefix, str(Path.home()))),
+        enforce_eager=not can_compile(),
     )
     try:
         yield llm
@@ -175,15 +177,13 @@ def measure(model: Model, args: argparse.Namespace, reporter: Reporter) -> list[
         with engine(base, args) as one, engine(eigen, args) as other:
             for context in args.contexts:
                 prompts = generator.integers(3, VOCABULARY, (args.batch, context)).tolist()
-                speeds: tuple[list[float], list[float]] = ([], [])
-                for pair in range(args.pairs + 1):
-                    for index in (0, 1) if pair % 2 else (1, 0):
-                        llm = (one, other)[index]
-                        speeds[index].append(decode_speed(llm, prompts, args.tokens))
-                    reporter.step()
+
+                def speed(side: int, prompts: list[list[int]] = prompts) -> float:
+                    return decode_speed((one, other)[side], prompts, args.tokens)
+
                 # The first pair fills the prefix cache.
-                ratios = [b / a for a, b in zip(speeds[0][1:], speeds[1][1:], strict=True)]
-                low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+                speeds = by_turns(speed, args.pairs, 1, reporter.step)
+                ratio = Ratio.of(*speeds)
                 rows.append(
                     Row(
                         **asdict(model),
@@ -191,11 +191,11 @@ def measure(model: Model, args: argparse.Namespace, reporter: Reporter) -> list[
                         kv_ratio=round(model.kv_ratio, 4),
                         context=context,
                         batch=args.batch,
-                        base=statistics.median(speeds[0][1:]),
-                        eigen=statistics.median(speeds[1][1:]),
-                        speedup=middle,
-                        low=low,
-                        high=high,
+                        base=statistics.median(speeds[0]),
+                        eigen=statistics.median(speeds[1]),
+                        speedup=ratio.median,
+                        low=ratio.low,
+                        high=ratio.high,
                     )
                 )
     return rows
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for model in MODELS:
                 title = f"{model.family} {model.kv_heads} KV heads, {model.key_mode}"
-                reporter.stage(title, len(args.contexts) * (args.pairs + 1))
+                reporter.stage(title, 2 * len(args.contexts) * (args.pairs + 1))
                 rows += measure(model, args, reporter)
         except EigenError as error:
             reporter.note(f"benchmarks.engine_decode: {error}")

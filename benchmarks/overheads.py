@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.decoding import tokens_per_second
+from benchmarks.pairs import Ratio, by_turns
 from calibration.interrupt import terminate_as_interrupt
 from calibration.progress import Reporter
 from server.process import ServerProcess, start
@@ -62,17 +63,16 @@ class Overhead:
     @classmethod
     def of(cls, what: str, unit: str, one: Sequence[float], other: Sequence[float]) -> Overhead:
         """From at least two pairs."""
-        ratios = [b / a for a, b in zip(one, other, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        ratio = Ratio.of(one, other)
         return cls(
             what,
             unit,
             statistics.median(one),
             statistics.median(other),
-            tuple(round(ratio, 4) for ratio in ratios),
-            middle,
-            low,
-            high,
+            tuple(round(pair, 4) for pair in ratio.pairs),
+            ratio.median,
+            ratio.low,
+            ratio.high,
         )
 
 
@@ -81,16 +81,16 @@ def startup(base: Path, eigen: Path, logs: Path, pairs: int, reporter: Reporter)
 
     That pair fills the caches: torch's compiled graphs of either model, our compiled kernels.
     """
-    seconds: dict[Path, list[float]] = {base: [], eigen: []}
+
+    def seconds(side: int) -> float:
+        began = time.monotonic()
+        with start((base, eigen)[side], *_options(), log=logs / "startup.log") as server:
+            server.wait_ready(STARTUP_SECONDS)
+            return time.monotonic() - began
+
     reporter.stage("start-up", 2 * (pairs + 1))
-    for pair in range(pairs + 1):
-        for model in (base, eigen) if pair % 2 else (eigen, base):
-            began = time.monotonic()
-            with start(model, *_options(), log=logs / "startup.log") as server:
-                server.wait_ready(STARTUP_SECONDS)
-                seconds[model].append(time.monotonic() - began)
-            reporter.step()
-    return Overhead.of("start-up, Eigen against base", "s", seconds[base][1:], seconds[eigen][1:])
+    one, other = by_turns(seconds, pairs, 1, reporter.step)
+    return Overhead.of("start-up, Eigen against base", "s", one, other)
 
 
 def decode(
@@ -103,15 +103,12 @@ def decode(
         OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300.0)
         for server in (one, other)
     ]
-    speeds: tuple[list[float], list[float]] = ([], [])
+
+    def speed(side: int) -> float:
+        return tokens_per_second(sides[side], NAME, PROMPTS, users=args.users, tokens=args.tokens)
+
     report.stage(what, 2 * (args.pairs + 2))
-    for pair in range(args.pairs + 2):
-        for index in (0, 1) if pair % 2 else (1, 0):
-            speeds[index].append(
-                tokens_per_second(sides[index], NAME, PROMPTS, users=args.users, tokens=args.tokens)
-            )
-            report.step()
-    return Overhead.of(what, "tokens/s", speeds[0][2:], speeds[1][2:])
+    return Overhead.of(what, "tokens/s", *by_turns(speed, args.pairs, 2, report.step))
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ def measure(console: Console, name: str, model: Path, pool_mib: int) -> Measured
 
     console.rule(f"{'2/3' if name == 'base' else '3/3'}  serve {name}")
     options = ["--kv-cache-memory-bytes", str(pool_mib << 20), "--served-model-name", name]
-    if any(" " in place for place in (sys.prefix, str(Path.home()))):
+    if not process.can_compile():
         console.print("torch's compiler cannot work below a path with spaces: running eagerly")
         options.append("--enforce-eager")
     log = WORK / f"{name}.log"

@@ -21,6 +21,11 @@ from vllm_eigen.errors import EngineError
 STOP_SECONDS = 20.0
 
 
+def can_compile() -> bool:
+    """Whether torch's compiler works here: it cannot below a path with spaces."""
+    return not any(" " in place for place in (sys.prefix, str(Path.home())))
+
+
 def free_port() -> int:
     """A TCP port on 127.0.0.1 that nobody listens on right now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from benchmarks.serving.endpoint import Endpoint
 from benchmarks.serving.settings import Settings, Side
-from server.process import ServerProcess, start
+from server.process import ServerProcess, can_compile, start
 
 STARTUP_SECONDS = 600.0
 SERVED_NAME = "bench"
@@ -70,6 +69,6 @@ class Servers:
             if value is not None:
                 found += [flag, str(value)]
         # torch's compiler cannot work below a path with spaces.
-        if any(" " in place for place in (sys.prefix, str(Path.home()))):
+        if not can_compile():
             found.append("--enforce-eager")
         return [*found, *settings.server_options]

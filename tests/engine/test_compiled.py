@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from calibration.unfold import load_reference
+from server.process import can_compile
 from tests.engine.conftest import Rows
 from tests.engine.harness import ask, check, engine
 from tests.engine.rows import MAX_MODEL_LEN, ROWS, Row
@@ -15,7 +13,7 @@ from tests.engine.two_ranks import word_prompts
 
 
 @pytest.mark.skipif(
-    any(" " in place for place in (sys.prefix, str(Path.home()))),
+    not can_compile(),
     reason="torch's compiler cannot work below a path with spaces",
 )
 @pytest.mark.parametrize("row", ROWS, ids=str)

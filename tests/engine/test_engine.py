@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from calibration.unfold import load_reference
-from server.process import free_port
+from server.process import can_compile, free_port
 from tests.engine.conftest import Models
 from tests.engine.harness import (
     MAX_MODEL_LEN,
@@ -39,7 +38,7 @@ def triton_works() -> bool:
 
 
 @pytest.mark.skipif(
-    any(" " in place for place in (sys.prefix, str(Path.home()))),
+    not can_compile(),
     reason="torch's compiler cannot work below a path with spaces",
 )
 def test_compiled_logits_and_capacity(models: Models) -> None:
