@@ -130,11 +130,13 @@ class Attention {
       const size_t queries = (static_cast<size_t>(rows) * o_.query_units_ * 4 + 63) / 64 * 64;
       const size_t keys =
           o_.a_.rebuild ? static_cast<size_t>(o_.query_units_) * kChunk * 4 : 0;
+      const size_t panel =
+          o_.a_.rebuild ? static_cast<size_t>(o_.layout_.rank_k) * kPanelTokens * 4 : 0;
       const size_t tile_values = kTileRows * static_cast<size_t>(o_.padded_) * 4;
       const size_t edge = (o_.layout_.rank_v * 4 + 127) / 64 * 64;
       const size_t states = (rows + kTileRows) * sizeof(RowState);
-      char* at = static_cast<char*>(scratch.take(2 * tile + values + queries + keys + tile_values
-                                                 + edge + states));
+      char* at = static_cast<char*>(scratch.take(2 * tile + values + queries + keys + panel
+                                                 + tile_values + edge + states));
       const auto next = [&at](size_t bytes) {
         char* here = at;
         at += bytes;
@@ -145,6 +147,7 @@ class Attention {
       values_ = reinterpret_cast<float*>(next(values));
       queries_ = reinterpret_cast<uint32_t*>(next(queries));
       keys_ = reinterpret_cast<typename Keys::Storage*>(next(keys));
+      panel_ = reinterpret_cast<float*>(next(panel));
       tile_values_ = reinterpret_cast<float*>(next(tile_values));
       edge_ = reinterpret_cast<Storage*>(next(edge));
       states_ = reinterpret_cast<RowState*>(next(rows * sizeof(RowState)));
@@ -270,15 +273,22 @@ class Attention {
       }
     }
 
+    // K of `tokens` tokens of a page, from token `inside`.
+    KeyRun<E> key_run(const Storage* page, int inside, int tokens) const {
+      const Page<E>& l = o_.layout_;
+      return {l.keys(page, 0, inside), l.has_single() ? l.single(page, inside) : nullptr,
+              l.key_stride(), l.full_units(), tokens};
+    }
+
     void rebuild_chunk(const Item& item, int chunk) {
       const Bounds b = bounds(item, 0, item.rows, chunk);
       if (b.begin >= b.end) return;
       const float k_scale = static_cast<float>(o_.a_.cache.k_scale) * E::unit_value;
       each_page(item, chunk, b.begin / kAlign * kAlign, (b.end + kAlign - 1) / kAlign * kAlign,
                 [&](const Storage* page, int inside, int begin, int end) {
-                  rebuild_keys<E>(*o_.a_.rebuild, item.head, k_scale, o_.layout_, page, inside,
-                                  chunk * kChunk + begin, end - begin,
-                                  keys_ + begin * Keys::pack, kChunk * Keys::pack);
+                  rebuild_keys<E>(*o_.a_.rebuild, item.head, k_scale,
+                                  key_run(page, inside, end - begin), chunk * kChunk + begin,
+                                  keys_ + begin * Keys::pack, kChunk * Keys::pack, panel_);
                 });
     }
 
@@ -298,11 +308,8 @@ class Attention {
         score_run<Keys>(queries, o_.query_units_, rows, run, scores_ + begin);
       } else {
         each_page(item, chunk, begin, end, [&](const Storage* page, int inside, int from, int to) {
-          const Page<E>& l = o_.layout_;
-          const KeyRun<E> run{l.keys(page, 0, inside),
-                              l.has_single() ? l.single(page, inside) : nullptr, l.key_stride(),
-                              l.full_units(), to - from};
-          score_run<E>(queries, o_.query_units_, rows, run, scores_ + from);
+          score_run<E>(queries, o_.query_units_, rows, key_run(page, inside, to - from),
+                       scores_ + from);
         });
       }
       const AttendArgs& a = o_.a_;
@@ -335,7 +342,7 @@ class Attention {
     }
 
     const Attention& o_;
-    float *scores_, *values_, *tile_values_;
+    float *scores_, *values_, *panel_, *tile_values_;
     uint32_t *weights_, *queries_;
     typename Keys::Storage* keys_;
     Storage* edge_;

@@ -167,7 +167,11 @@ class CpuKernels:
 
     def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> object:
         """See `interface.Kernels.prepare`."""
-        return pack(rebuild, dtype == torch.bfloat16)
+        return pack(rebuild, self._pairs(dtype))
+
+    def _pairs(self, dtype: torch.dtype) -> bool:
+        """Whether latents of `dtype` are rebuilt in bfloat16 pairs (`Rebuilt` in element.h)."""
+        return dtype == torch.bfloat16 and self.isa == "avx512bf16"
 
     def attend(
         self,
@@ -221,7 +225,7 @@ class CpuKernels:
                 f"key_basis {list(rebuild.key_basis.shape)} does not fit rank_k {rank_k} and "
                 f"{kv_cache.shape[1]} KV heads",
             )
-            rebuild_args = ctypes.pointer(_rebuild(rebuild, kv_cache.dtype == torch.bfloat16))
+            rebuild_args = ctypes.pointer(_rebuild(rebuild, self._pairs(kv_cache.dtype)))
         _check(
             query.shape[2] == query_size and num_heads % heads == 0,
             f"query {list(query.shape)} does not fit {heads} heads of size {query_size}",

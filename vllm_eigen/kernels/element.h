@@ -12,10 +12,17 @@ namespace eigen {
 // Codes shared with cpu.py.
 enum Type : int64_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kE4m3 = 3, kE5m2 = 4 };
 
+struct Float32;
+
 struct Bfloat16 {
   using Storage = uint16_t;
   using Unit = I;
-  using Rebuilt = Bfloat16;  // what rebuilt keys are kept as
+  // What latents are rebuilt in and keys kept as: pairs pay only where the machine multiplies them.
+#if defined(__AVX512BF16__)
+  using Rebuilt = Bfloat16;
+#else
+  using Rebuilt = Float32;
+#endif
   static constexpr int pack = 2;
   static constexpr float unit_value = 1.0f;
 

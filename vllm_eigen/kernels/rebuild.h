@@ -7,37 +7,68 @@
 #pragma once
 
 #include "args.h"
-#include "multiply.h"
-#include "page.h"
+#include "chunk.h"
 
 namespace eigen {
 
 constexpr int kTableTokens = 16;  // tokens side by side in the table of cosines
+constexpr int kPanelTokens = W == 16 ? 64 : 16;  // tokens whose latents are multiplied at once
+
+// The latents of NV vectors of tokens as the product reads them. Numbers that are not multiplied
+// as they are stored become floats in `panel` ([rank_k][NV * W]), once instead of once for every
+// few planes; there they also lie side by side, where rows of a page fall into few sets of L1.
+template <class E, int NV>
+EIGEN_INLINE KeyRun<typename E::Rebuilt> staged(const KeyRun<E>& latents, int token, float* panel) {
+  const auto* first = latents.first + static_cast<int64_t>(token) * E::pack;
+  const auto* single = latents.single ? latents.single + token : nullptr;
+  constexpr int tokens = NV * W;
+  if constexpr (E::Rebuilt::pack == 2) {
+    return {first, single, latents.stride, latents.units, tokens};
+  } else {
+    const I high = I{} + static_cast<int32_t>(0xffff0000);
+    float* row = panel;
+    for (int u = 0; u < latents.units; ++u, row += E::pack * tokens) {
+      EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
+        const auto unit = E::load(first + u * latents.stride + v * W * E::pack);
+        if constexpr (E::pack == 2) {
+          store(row + v * W, unit << 16);
+          store(row + tokens + v * W, unit & high);
+        } else {
+          store(row + v * W, unit);
+        }
+      }
+    }
+    if constexpr (E::pack == 2) {
+      if (single) {
+        EIGEN_UNROLL for (int v = 0; v < NV; ++v)
+          store(row + v * W, E::load_single(single + v * W) << 16);
+        row += tokens;
+      }
+    }
+    return {panel, nullptr, tokens, static_cast<int>((row - panel) / tokens), tokens};
+  }
+}
 
 // Rows [plane, plane + P) of one head for NV vectors of tokens.
-template <class E, int P, int NV>
+template <class K, int P, int NV>
 EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, const float* offset,
-                                 float k_scale, const Page<E>& layout,
-                                 const typename E::Storage* page, int token, int64_t position,
-                                 int plane, typename E::Rebuilt::Storage* keys,
-                                 int64_t row_stride) {
-  const int units = layout.full_units() + layout.has_single();
+                                 float k_scale, const KeyRun<K>& latents, int64_t position,
+                                 int plane, typename K::Storage* keys, int64_t row_stride) {
+  const int units = latents.units + (latents.single != nullptr);
   const uint32_t* rows = basis + static_cast<int64_t>(2 * plane) * units;
   F c[2 * P][NV] = {};
-  multiply<E>(c, rows, units, layout.keys(page, 0, token), layout.key_stride(),
-              layout.full_units());
-  if (layout.has_single()) {
+  multiply<K>(c, rows, units, latents.first, latents.stride, latents.units);
+  if (latents.single) {
     EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
-      const auto single = E::load_single(layout.single(page, token + v * W));
+      const auto single = K::load_single(latents.single + v * W);
       EIGEN_UNROLL for (int r = 0; r < 2 * P; ++r)
-        c[r][v] = E::dot(c[r][v], single, E::broadcast(rows[r * units + units - 1]));
+        c[r][v] = K::dot(c[r][v], single, K::broadcast(rows[r * units + units - 1]));
     }
   }
-  constexpr int pack = E::Rebuilt::pack;
   EIGEN_UNROLL for (int p = 0; p < P; ++p) {
     const float x_offset = offset ? offset[2 * (plane + p)] : 0.0f;
     const float y_offset = offset ? offset[2 * (plane + p) + 1] : 0.0f;
-    auto* out = keys + (plane + p) * (2 / pack) * row_stride;
+    auto* out = keys + (plane + p) * (2 / K::pack) * row_stride;
     EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
       const F x = fma(c[2 * p][v], splat(k_scale), splat(x_offset));
       const F y = fma(c[2 * p + 1][v], splat(k_scale), splat(y_offset));
@@ -51,36 +82,39 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
         turned_x = fma(x, cos, -(y * sin));
         turned_y = fma(y, cos, x * sin);
       }
-      E::Rebuilt::store_plane(turned_x, turned_y, out + v * W * pack, row_stride);
+      K::store_plane(turned_x, turned_y, out + v * W * K::pack, row_stride);
     }
   }
 }
 
-// `tokens` keys (a multiple of 16) of rebuilt head `head`, from `token` of `page`, which sits at
-// `position` in its sequence, into `keys` (rows of row_stride).
+// Keys of rebuilt head `head` from `latents`, the first of which sits at `position` in its
+// sequence, into `keys` (rows of row_stride). `panel`: scratch of [rank_k][kPanelTokens].
 template <class E>
-void rebuild_keys(const RebuildArgs& a, int head, float k_scale, const Page<E>& layout,
-                  const typename E::Storage* page, int token, int64_t position, int tokens,
-                  typename E::Rebuilt::Storage* keys, int64_t row_stride) {
-  const int units = layout.full_units() + layout.has_single();
+void rebuild_keys(const RebuildArgs& a, int head, float k_scale, const KeyRun<E>& latents,
+                  int64_t position, typename E::Rebuilt::Storage* keys, int64_t row_stride,
+                  float* panel) {
+  using K = typename E::Rebuilt;
+  constexpr int most_vectors = kPanelTokens / W, most_planes = kAccumulators / most_vectors / 2;
   const int planes = static_cast<int>(a.planes);
-  const uint32_t* basis = a.basis + static_cast<int64_t>(head) * 2 * planes * units;
-  const float* offset = a.offset ? a.offset + static_cast<int64_t>(head) * 2 * planes : nullptr;
-  constexpr int nv = W == 16 ? 4 : 2, most = kAccumulators / nv / 2;
   const auto block = [&](auto vectors, int t) {
     constexpr int NV = decltype(vectors)::value;
-    auto* out = keys + static_cast<int64_t>(t) * E::Rebuilt::pack;
+    const KeyRun<K> run = staged<E, NV>(latents, t, panel);
+    const int units = run.units + (run.single != nullptr);
+    const uint32_t* basis = a.basis + static_cast<int64_t>(head) * 2 * planes * units;
+    const float* offset = a.offset ? a.offset + static_cast<int64_t>(head) * 2 * planes : nullptr;
+    auto* out = keys + static_cast<int64_t>(t) * K::pack;
+    const auto some = [&](auto count, int plane) {
+      rebuild_planes<K, decltype(count)::value, NV>(a, basis, offset, k_scale, run, position + t,
+                                                    plane, out, row_stride);
+    };
     int plane = 0;
-    for (; plane + most <= planes; plane += most)
-      rebuild_planes<E, most, NV>(a, basis, offset, k_scale, layout, page, token + t,
-                                  position + t, plane, out, row_stride);
-    for (; plane < planes; ++plane)
-      rebuild_planes<E, 1, NV>(a, basis, offset, k_scale, layout, page, token + t, position + t,
-                               plane, out, row_stride);
+    for (; plane + most_planes <= planes; plane += most_planes) some(Const<most_planes>{}, plane);
+    if (plane < planes)
+      with_rows<most_planes, 1>(planes - plane, [&](auto count) { some(count, plane); });
   };
   int t = 0;
-  for (; t + nv * W <= tokens; t += nv * W) block(Const<nv>{}, t);
-  for (; t < tokens; t += W) block(Const<1>{}, t);
+  for (; t + kPanelTokens <= latents.tokens; t += kPanelTokens) block(Const<most_vectors>{}, t);
+  for (; t < latents.tokens; t += W) block(Const<1>{}, t);
 }
 
 }  // namespace eigen

@@ -60,7 +60,8 @@ EIGEN_INLINE V load_first(const void* p, int n) {
 #endif
 }
 
-EIGEN_INLINE F splat(float x) { return F{} + x; }
+// Not F{} + x: that would turn -0 into 0, so the compiler could not drop the addition.
+EIGEN_INLINE F splat(float x) { return x - F{}; }
 
 // a * b + c. The compiler is told not to fuse on its own (build.py): which of two products it
 // would fuse may differ from place to place, and with it the last bit.
