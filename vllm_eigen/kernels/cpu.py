@@ -7,6 +7,8 @@ The library is compiled by `build.py` and called through ctypes; the structures 
 from __future__ import annotations
 
 import ctypes
+import functools
+import weakref
 from ctypes import Structure, c_double, c_int64, c_void_p
 
 import torch
@@ -15,7 +17,7 @@ from vllm_eigen.errors import KernelError
 
 from . import build
 from .interface import Rebuild, ScoreOptions
-from .packed import pack
+from .packed import PackedRebuild, pack
 
 _QUERY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _CACHE_TYPES = {
@@ -135,34 +137,20 @@ class CpuKernels:
         v_scale: float = 1.0,
     ) -> None:
         """See `interface.Kernels.write_cache`."""
-        rank_k, rank_v = key.shape[-1], value.shape[-1]
-        num_tokens, num_kv_heads = slot_mapping.shape[0], kv_cache.shape[1]
-        for name, rows in (("key", key), ("value", value)):
-            _check(
-                rows.dim() == 3
-                and rows.shape[0] >= num_tokens
-                and rows.shape[1] == num_kv_heads
-                and rows.stride(2) == 1,
-                f"{name} must be [num_tokens, {num_kv_heads}, rank], is {list(rows.shape)}",
+        args = _WriteArgs.from_buffer_copy(
+            _write_args(
+                _layout(key),
+                _layout(value),
+                _layout(kv_cache),
+                _layout(slot_mapping),
+                k_scale,
+                v_scale,
             )
-        _check(value.dtype == key.dtype, "key and value differ in dtype")
-        _check(
-            slot_mapping.dtype == torch.int64 and slot_mapping.is_contiguous(),
-            "slot_mapping must be contiguous int64",
         )
-        args = _WriteArgs(
-            _cache(kv_cache, rank_k, rank_v, k_scale, v_scale),
-            key.data_ptr(),
-            value.data_ptr(),
-            _type(key.dtype, "key"),
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            slot_mapping.data_ptr(),
-            num_tokens,
-            torch.get_num_threads(),
-        )
+        args.cache.pages = kv_cache.data_ptr()
+        args.key, args.value = key.data_ptr(), value.data_ptr()
+        args.slots = slot_mapping.data_ptr()
+        args.threads = torch.get_num_threads()
         _raise_if(self._library.eigen_write_cache(ctypes.byref(args)))
 
     def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> object:
@@ -190,116 +178,186 @@ class CpuKernels:
         max_seq_len: int | None = None,
     ) -> None:
         """See `interface.Kernels.attend`."""
-        num_heads, rank_v = query.shape[1], output.shape[2]
-        rank_k = kv_cache.shape[3] - rank_v
-        cache = _cache(kv_cache, rank_k, rank_v, k_scale, v_scale)
-        _check(
-            output.shape[:2] == query.shape[:2]
-            and output.dtype == query.dtype
-            and query.stride(2) == output.stride(2) == 1,
-            f"output {list(output.shape)} does not fit query {list(query.shape)}",
-        )
-        for name, table in (
-            ("query_start_loc", query_start_loc),
-            ("seq_lens", seq_lens),
-            ("block_table", block_table),
-        ):
-            _check(table.dtype == torch.int32 and table.stride(-1) == 1, f"{name} must be int32")
-        num_seqs = seq_lens.shape[0]
-        _check(
-            query_start_loc.shape[0] == num_seqs + 1 and block_table.shape[0] == num_seqs,
-            "query_start_loc, seq_lens and block_table disagree on the number of sequences",
-        )
-        slopes = options.alibi_slopes
-        if slopes is not None:
-            _check(
-                slopes.dtype == torch.float32 and slopes.shape == (num_heads,),
-                f"alibi_slopes must be float32 [{num_heads}]",
+        args = _AttendArgs.from_buffer_copy(
+            _attend_args(
+                _layout(query),
+                _layout(kv_cache),
+                _layout(output),
+                (_layout(query_start_loc), _layout(seq_lens), _layout(block_table)),
+                (options.scale, options.soft_cap or 0.0, options.sliding_window or 0),
+                None if options.alibi_slopes is None else _layout(options.alibi_slopes),
+                None if rebuild is None else rebuild.key_basis.shape,
+                k_scale,
+                v_scale,
             )
-        rebuild_args = None
-        heads, query_size = kv_cache.shape[1], rank_k
+        )
+        args.cache.pages = kv_cache.data_ptr()
+        args.query, args.output = query.data_ptr(), output.data_ptr()
+        args.query_start_loc, args.seq_lens = query_start_loc.data_ptr(), seq_lens.data_ptr()
+        args.block_table = block_table.data_ptr()
+        if options.alibi_slopes is not None:
+            args.alibi_slopes = options.alibi_slopes.data_ptr()
         if rebuild is not None:
-            heads, query_size = rebuild.key_basis.shape[0], rebuild.key_basis.shape[2]
-            _check(
-                rebuild.key_basis.shape[1] == rank_k and heads % kv_cache.shape[1] == 0,
-                f"key_basis {list(rebuild.key_basis.shape)} does not fit rank_k {rank_k} and "
-                f"{kv_cache.shape[1]} KV heads",
-            )
-            rebuild_args = ctypes.pointer(_rebuild(rebuild, self._pairs(kv_cache.dtype)))
-        _check(
-            query.shape[2] == query_size and num_heads % heads == 0,
-            f"query {list(query.shape)} does not fit {heads} heads of size {query_size}",
-        )
-        args = _AttendArgs(
-            cache,
-            query.data_ptr(),
-            output.data_ptr(),
-            _type(query.dtype, "query"),
-            query.stride(0),
-            query.stride(1),
-            output.stride(0),
-            output.stride(1),
-            num_heads,
-            query_size,
-            num_seqs,
-            query_start_loc.data_ptr(),
-            seq_lens.data_ptr(),
-            block_table.data_ptr(),
-            block_table.stride(0),
-            block_table.shape[1],
-            slopes.data_ptr() if slopes is not None else None,
-            options.scale,
-            options.soft_cap or 0.0,
-            options.sliding_window or 0,
-            ctypes.cast(rebuild_args, c_void_p) if rebuild_args else None,
-            torch.get_num_threads(),
-        )
+            packed = pack(rebuild, self._pairs(kv_cache.dtype))
+            args.rebuild = ctypes.addressof(_rebuild_args(packed))
+        args.threads = torch.get_num_threads()
         _raise_if(self._library.eigen_attend(ctypes.byref(args)))
 
 
-def _cache(
-    kv_cache: torch.Tensor, rank_k: int, rank_v: int, k_scale: float, v_scale: float
-) -> _Cache:
-    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
+# What checks and structures depend on. A model's layers and steps share few of these, and a check
+# in Python costs as much as a small batch's attention: each is done once.
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+def _layout(tensor: torch.Tensor) -> _Layout:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+@functools.lru_cache(maxsize=4096)
+def _write_args(
+    key: _Layout,
+    value: _Layout,
+    kv_cache: _Layout,
+    slots: _Layout,
+    k_scale: float,
+    v_scale: float,
+) -> _WriteArgs:
+    """Checked arguments of a write; pointers and threads are still to be filled in."""
+    num_tokens, num_kv_heads = slots[0][0], kv_cache[0][1]
+    for name, (shape, strides, _) in (("key", key), ("value", value)):
+        _check(
+            len(shape) == 3
+            and shape[0] >= num_tokens
+            and shape[1] == num_kv_heads
+            and strides[2] == 1,
+            f"{name} must be [num_tokens, {num_kv_heads}, rank], is {list(shape)}",
+        )
+    _check(value[2] == key[2], "key and value differ in dtype")
+    _check(
+        slots[2] == torch.int64 and len(slots[0]) == 1 and (num_tokens < 2 or slots[1] == (1,)),
+        "slot_mapping must be contiguous int64",
+    )
+    return _WriteArgs(
+        cache=_cache(kv_cache, key[0][2], value[0][2], k_scale, v_scale),
+        type=_type(key[2], "key"),
+        key_token_stride=key[1][0],
+        key_head_stride=key[1][1],
+        value_token_stride=value[1][0],
+        value_head_stride=value[1][1],
+        num_tokens=num_tokens,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _attend_args(
+    query: _Layout,
+    kv_cache: _Layout,
+    output: _Layout,
+    tables: tuple[_Layout, _Layout, _Layout],
+    score: tuple[float, float, int],
+    slopes: _Layout | None,
+    basis: torch.Size | None,
+    k_scale: float,
+    v_scale: float,
+) -> _AttendArgs:
+    """Checked arguments of an attention; pointers and threads are still to be filled in."""
+    (_, num_heads, size), strides, dtype = query
+    rank_v = output[0][2]
+    rank_k = kv_cache[0][3] - rank_v
+    cache = _cache(kv_cache, rank_k, rank_v, k_scale, v_scale)
+    _check(
+        output[0][:2] == query[0][:2] and output[2] == dtype and strides[2] == output[1][2] == 1,
+        f"output {list(output[0])} does not fit query {list(query[0])}",
+    )
+    for name, table in zip(("query_start_loc", "seq_lens", "block_table"), tables, strict=True):
+        _check(table[2] == torch.int32 and table[1][-1] == 1, f"{name} must be int32")
+    starts, lengths, blocks = tables
+    num_seqs = lengths[0][0]
+    _check(
+        starts[0][0] == num_seqs + 1 and blocks[0][0] == num_seqs,
+        "query_start_loc, seq_lens and block_table disagree on the number of sequences",
+    )
+    if slopes is not None:
+        _check(
+            slopes[2] == torch.float32 and slopes[0] == (num_heads,),
+            f"alibi_slopes must be float32 [{num_heads}]",
+        )
+    heads, query_size = cache.num_kv_heads, rank_k
+    if basis is not None:
+        heads, query_size = basis[0], basis[2]
+        _check(
+            basis[1] == rank_k and heads % cache.num_kv_heads == 0,
+            f"key_basis {list(basis)} does not fit rank_k {rank_k} and "
+            f"{cache.num_kv_heads} KV heads",
+        )
+    _check(
+        size == query_size and num_heads % heads == 0,
+        f"query {list(query[0])} does not fit {heads} heads of size {query_size}",
+    )
+    scale, soft_cap, window = score
+    return _AttendArgs(
+        cache=cache,
+        type=_type(dtype, "query"),
+        query_token_stride=strides[0],
+        query_head_stride=strides[1],
+        output_token_stride=output[1][0],
+        output_head_stride=output[1][1],
+        num_heads=num_heads,
+        query_size=size,
+        num_seqs=num_seqs,
+        block_table_stride=blocks[1][0],
+        block_table_width=blocks[0][1],
+        scale=scale,
+        soft_cap=soft_cap,
+        window=window,
+    )
+
+
+def _cache(kv_cache: _Layout, rank_k: int, rank_v: int, k_scale: float, v_scale: float) -> _Cache:
+    (num_blocks, num_kv_heads, block_size, width), strides, dtype = kv_cache
     _check(
         width == rank_k + rank_v
         and min(rank_k, rank_v) > 0
         and block_size % _BLOCK_MULTIPLE == 0
-        and kv_cache.stride()[2:] == (width, 1),
-        f"kv_cache {list(kv_cache.shape)} must be pages of rank {rank_k} + {rank_v}, each "
+        and strides[2:] == (width, 1),
+        f"kv_cache {list(kv_cache[0])} must be pages of rank {rank_k} + {rank_v}, each "
         f"contiguous, of a multiple of {_BLOCK_MULTIPLE} tokens",
     )
-    kind = _CACHE_TYPES.get(kv_cache.dtype)
+    kind = _CACHE_TYPES.get(dtype)
     if kind is None:
-        raise KernelError(f"the CPU kernels do not know a cache of {kv_cache.dtype}")
+        raise KernelError(f"the CPU kernels do not know a cache of {dtype}")
     is_fp8 = kind >= _CACHE_TYPES[torch.uint8]
     return _Cache(
-        kv_cache.data_ptr(),
-        kind,
-        kv_cache.stride(0),
-        kv_cache.stride(1),
-        num_blocks,
-        num_kv_heads,
-        block_size,
-        rank_k,
-        rank_v,
-        k_scale if is_fp8 else 1.0,
-        v_scale if is_fp8 else 1.0,
+        type=kind,
+        block_stride=strides[0],
+        head_stride=strides[1],
+        num_blocks=num_blocks,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        rank_k=rank_k,
+        rank_v=rank_v,
+        k_scale=k_scale if is_fp8 else 1.0,
+        v_scale=v_scale if is_fp8 else 1.0,
     )
 
 
-def _rebuild(rebuild: Rebuild, pairs: bool) -> _RebuildArgs:
-    packed = pack(rebuild, pairs)
-    return _RebuildArgs(
-        packed.basis.data_ptr(),
-        packed.offset.data_ptr() if packed.offset is not None else None,
-        packed.order.data_ptr(),
-        packed.table.data_ptr(),
-        packed.basis.shape[0],
-        packed.basis.shape[1] // 2,
-        packed.rotary_planes,
-        packed.positions,
-    )
+_rebuilds: weakref.WeakKeyDictionary[PackedRebuild, _RebuildArgs] = weakref.WeakKeyDictionary()
+
+
+def _rebuild_args(packed: PackedRebuild) -> _RebuildArgs:
+    """The structure that points into `packed`, kept as long as it lives."""
+    if packed not in _rebuilds:
+        _rebuilds[packed] = _RebuildArgs(
+            packed.basis.data_ptr(),
+            packed.offset.data_ptr() if packed.offset is not None else None,
+            packed.order.data_ptr(),
+            packed.table.data_ptr(),
+            packed.basis.shape[0],
+            packed.basis.shape[1] // 2,
+            packed.rotary_planes,
+            packed.positions,
+        )
+    return _rebuilds[packed]
 
 
 def _type(dtype: torch.dtype, name: str) -> int:

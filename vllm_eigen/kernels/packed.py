@@ -20,7 +20,7 @@ TABLE_TOKENS = 16  # kTableTokens in rebuild.h
 _tables = WeakIdKeyDictionary()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedRebuild:
     """Tensors that RebuildArgs (args.h) points into.
 
