@@ -112,7 +112,7 @@ def write_models(model: Model, args: argparse.Namespace, folder: Path) -> tuple[
     )
     base, eigen = folder / "base", folder / "eigen"
     config.architectures = ["OPTForCausalLM" if model.family == "opt" else "LlamaForCausalLM"]
-    config.dtype = "bfloat16"
+    config.dtype = args.dtype
     config.save_pretrained(base)
     source = open_source(str(base), with_weights=False)
     section = eigen_config(
@@ -142,7 +142,7 @@ def engine(folder: Path, args: argparse.Namespace) -> Iterator[Any]:
         str(folder),
         load_format="dummy",
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype=args.dtype,
         max_model_len=max(args.contexts) + MARGIN,
         kv_cache_memory_bytes=args.pool_mib << 20,
         enable_prefix_caching=True,
@@ -207,8 +207,8 @@ def markdown(rows: Sequence[Row], args: argparse.Namespace) -> str:
         "# Decoding in the engine, base against Eigen",
         "",
         f"Random models of {args.layers} layers, hidden size {args.hidden}, heads of {HEAD_SIZE}, "
-        f"bf16; {args.batch} sequences, {args.threads} threads. Output tokens a second of both "
-        "engines, and their ratio pair by pair: median and quartiles. Made by `python -m "
+        f"{args.dtype}; {args.batch} sequences, {args.threads} threads. Output tokens a second of "
+        "both engines, and their ratio pair by pair: median and quartiles. Made by `python -m "
         "benchmarks.engine_decode`; command, versions and machine are in the JSON beside it.",
         "",
         "| model | heads / KV heads | keys | ranks K, V | KV ratio | context | base | Eigen "
@@ -269,6 +269,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=48, help="output tokens (%(default)s)")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="float32 for CPUs without bfloat16 arithmetic (%(default)s)",
+    )
     parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 128 (%(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
     parser.add_argument("--pool-mib", type=int, default=2048, help="KV pool of either engine")

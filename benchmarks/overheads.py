@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.decoding import tokens_per_second
 from benchmarks.pairs import Ratio, by_turns
+from benchmarks.processes import cpu_seconds
 from calibration.interrupt import terminate_as_interrupt
 from calibration.progress import Reporter
 from server.process import ServerProcess, start
@@ -36,6 +37,8 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 STARTUP_SECONDS = 600.0
 NAME = "overheads"
 PROMPTS = ("Return a new array of", "This module provides a", "Raise an exception if the")
+WARM_UP = 2
+"""Pairs of loads that are not counted."""
 VLLM = ("vllm.entrypoints.openai.api_server", "--model")
 
 
@@ -45,7 +48,7 @@ class Overhead:
 
     Attributes:
         what: the question.
-        unit: seconds (less is better) or tokens/s (more is better).
+        unit: seconds, us/token (less is better) or tokens/s (more is better).
         one, other: medians of the two sides.
         ratios: other / one, pair by pair.
         median, low, high: of the ratios, with their quartiles.
@@ -95,20 +98,33 @@ def startup(base: Path, eigen: Path, logs: Path, pairs: int, reporter: Reporter)
 
 def decode(
     what: str, one: ServerProcess, other: ServerProcess, args: argparse.Namespace, report: Reporter
-) -> Overhead:
-    """Output tokens a second of two running servers, by turns."""
+) -> tuple[Overhead, Overhead]:
+    """Output tokens a second of two running servers, by turns, and their API's CPU time a token.
+
+    Throughput varies from load to load by more than small overheads on a shared machine; the CPU
+    time of the process that has them bounds what they can take from it.
+    """
     from openai import OpenAI
 
+    servers = (one, other)
     sides = [
-        OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300.0)
-        for server in (one, other)
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300.0) for server in servers
     ]
+    spent: tuple[list[float], list[float]] = ([], [])
 
     def speed(side: int) -> float:
-        return tokens_per_second(sides[side], NAME, PROMPTS, users=args.users, tokens=args.tokens)
+        before = cpu_seconds(servers[side].process.pid)
+        found = tokens_per_second(sides[side], NAME, PROMPTS, users=args.users, tokens=args.tokens)
+        seconds = cpu_seconds(servers[side].process.pid) - before
+        spent[side].append(1e6 * seconds / (args.users * args.tokens))
+        return found
 
-    report.stage(what, 2 * (args.pairs + 2))
-    return Overhead.of(what, "tokens/s", *by_turns(speed, args.pairs, 2, report.step))
+    report.stage(what, 2 * (args.pairs + WARM_UP))
+    speeds = by_turns(speed, args.pairs, WARM_UP, report.step)
+    return (
+        Overhead.of(what, "tokens/s", *speeds),
+        Overhead.of(f"{what}: CPU time of the API", "us/token", *(s[WARM_UP:] for s in spent)),
+    )
 
 
 @contextlib.contextmanager
@@ -159,14 +175,14 @@ def measure(args: argparse.Namespace, work: Path, reporter: Reporter) -> Iterato
         other.wait_ready(STARTUP_SECONDS)
         with watched(other):
             what = "decode, routes and statistics against vLLM's server alone"
-            yield decode(what, one, other, args, reporter)
+            yield from decode(what, one, other, args, reporter)
     with (
         start(folded, *_options(), log=work / "3.log") as one,
         start(base, *_options(), "--eigen-bases", str(bases), log=work / "4.log") as other,
     ):
         one.wait_ready(STARTUP_SECONDS)
         other.wait_ready(STARTUP_SECONDS)
-        yield decode("decode, bases only against folded", one, other, args, reporter)
+        yield decode("decode, bases only against folded", one, other, args, reporter)[0]
 
 
 def markdown(rows: Iterable[Mapping[str, Any]]) -> str:

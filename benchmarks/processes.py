@@ -1,4 +1,4 @@
-"""Resident memory of a server's processes, from Linux's /proc."""
+"""Resident memory and CPU time of a server's processes, from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -61,6 +61,17 @@ def resident_bytes(pid: int) -> int | None:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
     except (OSError, IndexError):
         return None
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process's living threads so far, to the nanosecond; 0 if it has ended."""
+    total = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        try:
+            total += int(path.read_text().split()[0])
+        except (OSError, IndexError):  # the thread ended meanwhile
+            continue
+    return total / 1e9
 
 
 class MemoryWatch:

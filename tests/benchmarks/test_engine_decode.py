@@ -13,7 +13,9 @@ import pytest
 from benchmarks.engine_decode import MODELS, Model, Row, decode_speed, markdown, plot, write_models
 from vllm_eigen.checkpoint import parse_config
 
-ARGS = argparse.Namespace(hidden=2048, layers=3, contexts=[64, 128], batch=2, threads=1)
+ARGS = argparse.Namespace(
+    hidden=2048, layers=3, contexts=[64, 128], batch=2, threads=1, dtype="float32"
+)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=str)

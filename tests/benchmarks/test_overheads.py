@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks.decoding import tokens_per_second
 from benchmarks.overheads import Overhead, markdown, save, stored
+from benchmarks.processes import cpu_seconds
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
@@ -56,3 +58,16 @@ def test_users_ask_at_the_same_time() -> None:
     assert 40 / 0.8 < speed <= 40 / 0.2, "all four at once, none faster than the server"
     assert sorted(request["prompt"] for request in client.asked) == ["a", "a", "b", "b"]
     assert all(request["extra_body"] == {"ignore_eos": True} for request in client.asked)
+
+
+def test_cpu_time_is_work_not_waiting() -> None:
+    pid = os.getpid()
+    before = cpu_seconds(pid)
+    time.sleep(0.3)
+    waited = cpu_seconds(pid) - before
+    began = time.process_time()
+    while time.process_time() - began < 0.3:
+        pass
+    assert waited < 0.1
+    assert cpu_seconds(pid) - before - waited >= 0.25
+    assert cpu_seconds(2**30) == 0.0
