@@ -18,18 +18,9 @@ Models = Callable[[str, str, float], Path]
 Rows = Callable[[Row], Served]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--compatibility", type=Path, metavar="FILE", help="write what was found here")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "feature(name): one of vLLM's features, shown to work")
     config.addinivalue_line("markers", "refused(name): a combination that ends in a message")
-    path = config.getoption("--compatibility", None)
-    if path is not None and not hasattr(config, "workerinput"):  # of pytest-xdist
-        from tests.engine.compatibility import Compatibility
-
-        config.pluginmanager.register(Compatibility(path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
