@@ -10,6 +10,7 @@ import ctypes
 import functools
 import weakref
 from ctypes import Structure, c_double, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 
@@ -206,11 +207,14 @@ class CpuKernels:
 
 # What checks and structures depend on. A model's layers and steps share few of these, and a check
 # in Python costs as much as a small batch's attention: each is done once.
-_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+class _Layout(NamedTuple):
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def _layout(tensor: torch.Tensor) -> _Layout:
-    return tensor.shape, tensor.stride(), tensor.dtype
+    return _Layout(tensor.shape, tensor.stride(), tensor.dtype)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -223,7 +227,7 @@ def _write_args(
     v_scale: float,
 ) -> _WriteArgs:
     """Checked arguments of a write; pointers and threads are still to be filled in."""
-    num_tokens, num_kv_heads = slots[0][0], kv_cache[0][1]
+    num_tokens, num_kv_heads = slots.shape[0], kv_cache.shape[1]
     for name, (shape, strides, _) in (("key", key), ("value", value)):
         _check(
             len(shape) == 3
@@ -232,18 +236,20 @@ def _write_args(
             and strides[2] == 1,
             f"{name} must be [num_tokens, {num_kv_heads}, rank], is {list(shape)}",
         )
-    _check(value[2] == key[2], "key and value differ in dtype")
+    _check(value.dtype == key.dtype, "key and value differ in dtype")
     _check(
-        slots[2] == torch.int64 and len(slots[0]) == 1 and (num_tokens < 2 or slots[1] == (1,)),
+        slots.dtype == torch.int64
+        and len(slots.shape) == 1
+        and (num_tokens < 2 or slots.strides == (1,)),
         "slot_mapping must be contiguous int64",
     )
     return _WriteArgs(
-        cache=_cache(kv_cache, key[0][2], value[0][2], k_scale, v_scale),
-        type=_type(key[2], "key"),
-        key_token_stride=key[1][0],
-        key_head_stride=key[1][1],
-        value_token_stride=value[1][0],
-        value_head_stride=value[1][1],
+        cache=_cache(kv_cache, key.shape[2], value.shape[2], k_scale, v_scale),
+        type=_type(key.dtype, "key"),
+        key_token_stride=key.strides[0],
+        key_head_stride=key.strides[1],
+        value_token_stride=value.strides[0],
+        value_head_stride=value.strides[1],
         num_tokens=num_tokens,
     )
 
@@ -262,24 +268,26 @@ def _attend_args(
 ) -> _AttendArgs:
     """Checked arguments of an attention; pointers and threads are still to be filled in."""
     (_, num_heads, size), strides, dtype = query
-    rank_v = output[0][2]
-    rank_k = kv_cache[0][3] - rank_v
+    rank_v = output.shape[2]
+    rank_k = kv_cache.shape[3] - rank_v
     cache = _cache(kv_cache, rank_k, rank_v, k_scale, v_scale)
     _check(
-        output[0][:2] == query[0][:2] and output[2] == dtype and strides[2] == output[1][2] == 1,
-        f"output {list(output[0])} does not fit query {list(query[0])}",
+        output.shape[:2] == query.shape[:2]
+        and output.dtype == dtype
+        and strides[2] == output.strides[2] == 1,
+        f"output {list(output.shape)} does not fit query {list(query.shape)}",
     )
     for name, table in zip(("query_start_loc", "seq_lens", "block_table"), tables, strict=True):
-        _check(table[2] == torch.int32 and table[1][-1] == 1, f"{name} must be int32")
+        _check(table.dtype == torch.int32 and table.strides[-1] == 1, f"{name} must be int32")
     starts, lengths, blocks = tables
-    num_seqs = lengths[0][0]
+    num_seqs = lengths.shape[0]
     _check(
-        starts[0][0] == num_seqs + 1 and blocks[0][0] == num_seqs,
+        starts.shape[0] == num_seqs + 1 and blocks.shape[0] == num_seqs,
         "query_start_loc, seq_lens and block_table disagree on the number of sequences",
     )
     if slopes is not None:
         _check(
-            slopes[2] == torch.float32 and slopes[0] == (num_heads,),
+            slopes.dtype == torch.float32 and slopes.shape == (num_heads,),
             f"alibi_slopes must be float32 [{num_heads}]",
         )
     heads, query_size = cache.num_kv_heads, rank_k
@@ -292,7 +300,7 @@ def _attend_args(
         )
     _check(
         size == query_size and num_heads % heads == 0,
-        f"query {list(query[0])} does not fit {heads} heads of size {query_size}",
+        f"query {list(query.shape)} does not fit {heads} heads of size {query_size}",
     )
     scale, soft_cap, window = score
     return _AttendArgs(
@@ -300,13 +308,13 @@ def _attend_args(
         type=_type(dtype, "query"),
         query_token_stride=strides[0],
         query_head_stride=strides[1],
-        output_token_stride=output[1][0],
-        output_head_stride=output[1][1],
+        output_token_stride=output.strides[0],
+        output_head_stride=output.strides[1],
         num_heads=num_heads,
         query_size=size,
         num_seqs=num_seqs,
-        block_table_stride=blocks[1][0],
-        block_table_width=blocks[0][1],
+        block_table_stride=blocks.strides[0],
+        block_table_width=blocks.shape[1],
         scale=scale,
         soft_cap=soft_cap,
         window=window,
@@ -320,7 +328,7 @@ def _cache(kv_cache: _Layout, rank_k: int, rank_v: int, k_scale: float, v_scale:
         and min(rank_k, rank_v) > 0
         and block_size % _BLOCK_MULTIPLE == 0
         and strides[2:] == (width, 1),
-        f"kv_cache {list(kv_cache[0])} must be pages of rank {rank_k} + {rank_v}, each "
+        f"kv_cache {list(kv_cache.shape)} must be pages of rank {rank_k} + {rank_v}, each "
         f"contiguous, of a multiple of {_BLOCK_MULTIPLE} tokens",
     )
     kind = _CACHE_TYPES.get(dtype)
