@@ -39,7 +39,7 @@ check: $(VENV)/.dev
 	"$(BIN)/python" -m mypy docker/entrypoint.py docker/health.py
 
 test: check
-	"$(BIN)/python" -m pytest --numprocesses $(JOBS) --dist loadfile
+	"$(BIN)/python" -m pytest --numprocesses $(JOBS)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
@@ -60,8 +60,7 @@ $(VENV)/.dev: $(VENV)/.$(ACCELERATOR)
 	@touch $@
 
 compatibility: $(VENV)/.dev
-	"$(BIN)/python" -m pytest tests/engine --numprocesses $(JOBS) --dist loadfile \
-	    --compatibility docs/compatibility.md
+	"$(BIN)/python" -m pytest tests/engine --numprocesses $(JOBS) --compatibility docs/compatibility.md
 
 clean:
 	rm -rf $(VENV) .demo

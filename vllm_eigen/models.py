@@ -36,10 +36,14 @@ def replace_attention(model: nn.Module, family: Family, vllm_config: VllmConfig)
 
 
 def eigen_config(vllm_config: VllmConfig) -> EigenConfig:
-    """The validated eigen section; a local checkpoint's tensors are checked against it too."""
+    """The validated eigen section; a local checkpoint's tensors are checked against it too.
+
+    Not with `--load-format dummy`, which needs none.
+    """
     folder = Path(vllm_config.model_config.model)
     eigen = parse_config(vllm_config.model_config.hf_config.to_dict())
-    if folder.is_dir() and eigen.bases is None:
+    stored = vllm_config.load_config.load_format != "dummy"
+    if stored and folder.is_dir() and eigen.bases is None:
         return validate(folder)
     return eigen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,14 @@ def test_speculative_decoding_changes_no_token(models: Models) -> None:
         assert metric(llm, "vllm:spec_decode_num_drafts") > 0
     expected = expected_logits(load_reference(folder), prompt * 4, answer.tokens)
     assert expected.argmax(-1).tolist() == answer.tokens
+
+
+@pytest.mark.feature("random weights (--load-format dummy)")
+def test_random_weights_need_no_tensors(models: Models, tmp_path: Path) -> None:
+    shutil.copy(models("llama", "float32", 0.6) / "config.json", tmp_path)
+    with engine(tmp_path, load_format="dummy", skip_tokenizer_init=True) as llm:
+        [answer] = ask(llm, prompts([20], seed=17), 3, logits=False)
+    assert len(answer.tokens) == 3
 
 
 @pytest.mark.refused("LoRA adapters on a folded checkpoint")

@@ -23,6 +23,8 @@ NAME = "tiny"
 MAX_MODEL_LEN = 1024
 POOL_BYTES = 16 << 20
 START_SECONDS = 240.0
+DRAIN_SECONDS = 120
+"""Enough for a long answer where the machine has other work."""
 COMMON = (
     "--served-model-name", NAME, "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager",
     "--kv-cache-memory-bytes", str(POOL_BYTES), "--enable-auto-tool-choice",
@@ -31,8 +33,11 @@ COMMON = (
 )  # fmt: skip
 OPTIONS = {
     "plain": (),
-    "guarded": ("--api-key", KEY, "--root-path", ROOT_PATH, "--api-server-count", "2"),
-}
+    "guarded": (
+        "--api-key", KEY, "--root-path", ROOT_PATH, "--api-server-count", "2",
+        "--shutdown-timeout", str(DRAIN_SECONDS),
+    ),
+}  # fmt: skip
 
 
 class Fleet:

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
-import time
 
 import httpx
 import pytest
-from conftest import KEY, NAME
+from conftest import DRAIN_SECONDS, KEY, NAME
 
 from server.process import ServerProcess
 
 pytestmark = pytest.mark.anyio
 
 HEADERS = {"Authorization": f"Bearer {KEY}"}
+STREAMED = {
+    "stream": True,
+    "ignore_eos": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+}
+
+
+TOKENS = 900
 
 
 async def test_sigterm_drains(guarded: ServerProcess) -> None:
-    async with httpx.AsyncClient(base_url=guarded.url, headers=HEADERS, timeout=90) as client:
+    async with httpx.AsyncClient(base_url=guarded.url, headers=HEADERS, timeout=120) as client:
 
-        async def generate(prompt: int, tokens: int) -> httpx.Response:
-            body = {"model": NAME, "prompt": [prompt] * 9, "max_tokens": tokens, "ignore_eos": True}
-            return await client.post("/v1/completions", json=body)
+        async def generate(prompt: int, running: asyncio.Event) -> int:
+            """Follow a long answer; returns its tokens."""
+            body = {"model": NAME, "prompt": [prompt] * 9, "max_tokens": TOKENS, **STREAMED}
+            tokens = 0
+            async with client.stream("POST", "/v1/completions", json=body) as answer:
+                assert answer.status_code == 200
+                async for line in answer.aiter_lines():
+                    running.set()
+                    if line.startswith("data: {"):
+                        usage = json.loads(line.removeprefix("data: "))["usage"]
+                        tokens = usage["completion_tokens"]
+            return tokens
 
         async def follow() -> int:
             count = 0
@@ -33,20 +50,17 @@ async def test_sigterm_drains(guarded: ServerProcess) -> None:
                     count += line.startswith("data:")
             return count
 
-        async with asyncio.timeout(100):
-            long = [asyncio.create_task(generate(10 + i, 900)) for i in range(3)]
+        async with asyncio.timeout(DRAIN_SECONDS + 60):
+            running = [asyncio.Event() for _ in range(3)]
+            long = [asyncio.create_task(generate(10 + n, event)) for n, event in enumerate(running)]
             stream = asyncio.create_task(follow())
-            await asyncio.sleep(0.6)
-            began = time.monotonic()
+            await asyncio.gather(*(event.wait() for event in running))
             os.kill(guarded.process.pid, signal.SIGTERM)
             await asyncio.sleep(0.3)
-            late = asyncio.create_task(generate(99, 5))
-            for answer in await asyncio.gather(*long):
-                assert answer.status_code == 200
-                assert answer.json()["usage"]["completion_tokens"] == 900
+            body = {"model": NAME, "prompt": [99] * 9, "max_tokens": 5}
+            late = asyncio.create_task(client.post("/v1/completions", json=body))
+            assert await asyncio.gather(*long) == [TOKENS] * 3
             assert await stream > 0
             with contextlib.suppress(httpx.TransportError):  # its door may be closed already
                 assert (await late).status_code == 503
-    status = await asyncio.to_thread(guarded.process.wait, 60)
-    assert status == 0
-    assert time.monotonic() - began < 90
+    assert await asyncio.to_thread(guarded.process.wait, 60) == 0
