@@ -24,7 +24,7 @@ LAYERS = (4, 8, 16, 32)
 WIDTHS = (256, 512, 1024)
 SAMPLES = (8, 32, 128)
 LENGTH = 256
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 900.0
 _WORDS = 1000
 
 _CHILD = """
@@ -84,11 +84,11 @@ def measure_cost(reporter: Reporter) -> list[CostRow]:
 
 def _sizes() -> Iterator[tuple[str, int, int, int]]:
     for layers in LAYERS:
-        yield "layers", layers, WIDTHS[1], SAMPLES[1]
+        yield "layers", layers, WIDTHS[0], SAMPLES[1]
     for width in WIDTHS:
         yield "width", LAYERS[1], width, SAMPLES[1]
     for samples in SAMPLES:
-        yield "samples", LAYERS[1], WIDTHS[1], samples
+        yield "samples", LAYERS[1], WIDTHS[0], samples
 
 
 def _row(folder: Path, varies: str, layers: int, width: int, samples: int) -> CostRow:
