@@ -24,7 +24,7 @@ from vllm_eigen.checkpoint import (
     basis_shapes,
 )
 from vllm_eigen.families import Family
-from vllm_eigen.kernels import Rebuild
+from vllm_eigen.kernels import Encode, Rebuild
 from vllm_eigen.projections import EigenQKVLinear
 from vllm_eigen.vllm_internals import (
     Attention,
@@ -48,9 +48,11 @@ class EigenAttention(Attention):
     Attributes:
         full_elements: elements the uncompressed layer would cache a token on this rank.
         rebuild: how cached keys become full keys; None where they are used as they are.
+        encode: how keys and values become latents; None where they come as latents.
     """
 
     rebuild: Rebuild | None = None
+    encode: Encode | None = None
 
     def __init__(
         self, query_size: int, ranks: LayerRanks, full_elements: int, **options: Any
@@ -83,8 +85,8 @@ class EigenAttention(Attention):
 
         Args:
             query: [num_tokens, num_heads * query_size].
-            key: [num_tokens, num_kv_heads * rank_k].
-            value: [num_tokens, num_kv_heads * rank_v].
+            key: [num_tokens, num_kv_heads * rank_k], or as wide as `encode` takes them.
+            value: [num_tokens, num_kv_heads * rank_v], or as wide.
 
         Returns:
             [num_tokens, num_heads * rank_v].
@@ -93,8 +95,8 @@ class EigenAttention(Attention):
         cached_attention(
             self,
             query.view(-1, self.num_heads, self.query_size),
-            key.view(-1, self.num_kv_heads, self.head_size),
-            value.view(-1, self.num_kv_heads, self.head_size_v),
+            key.view(-1, self.num_kv_heads, key.shape[1] // self.num_kv_heads),
+            value.view(-1, self.num_kv_heads, value.shape[1] // self.num_kv_heads),
             output.view(-1, self.num_heads, self.head_size_v),
         )
         return output
@@ -237,6 +239,7 @@ class UntouchedSelfAttention(EigenSelfAttention):
         ]
         for name, shape in basis_shapes(eigen, self.ranks).items():
             self.add_basis(name, shape)
+        self.attn.encode = Encode(key=self.basis(KEY_ENCODER), value=self.basis(VALUE_ENCODER))
         if eigen.key_mode == "pre-rope":
             self.rebuild_keys()
 
@@ -259,12 +262,7 @@ class UntouchedSelfAttention(EigenSelfAttention):
                 query, _ = self.rotary_emb(positions, query, None)
         if self.key_mode != "pre-rope":
             query = _per_head(query, self.basis(KEY_BASIS).mT, self.num_heads)
-        latent_heads = self.attn.num_kv_heads
-        context = self.attn(
-            query,
-            _per_head(key, self.basis(KEY_ENCODER), latent_heads),
-            _per_head(value, self.basis(VALUE_ENCODER), latent_heads),
-        )
+        context = self.attn(query, key, value)
         return self.project_out(_per_head(context, self.basis(VALUE_BASIS), self.num_heads))
 
 

@@ -112,7 +112,8 @@ class EigenAttentionImpl(AttentionImpl[EigenMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write key [num_tokens, num_kv_heads, rank_k] and value [.., rank_v] to the pages."""
+        """Write key [num_tokens, num_kv_heads, rank_k] and value [.., rank_v] to the pages, or
+        what the layer's `encode` makes of wider ones."""
         num_tokens = slot_mapping.shape[0]
         self.kernels.write_cache(
             key[:num_tokens],
@@ -121,6 +122,7 @@ class EigenAttentionImpl(AttentionImpl[EigenMetadata]):
             slot_mapping,
             layer._k_scale_float,
             layer._v_scale_float,
+            layer.encode,
         )
 
     def forward(

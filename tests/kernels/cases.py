@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm_eigen.kernels import Kernels, Rebuild, ScoreOptions
+from vllm_eigen.kernels import Encode, Kernels, Rebuild, ScoreOptions
 
 Array = np.ndarray
 
@@ -40,6 +40,7 @@ class Case:
     soft_cap: float | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
+    encoded_size: int = 0  # width of what is encoded when written; 0 writes latents
     seed: int = 0
 
     @property
@@ -53,7 +54,10 @@ class Case:
 
 @dataclass
 class Problem:
-    """A case with its tensors. Latents are per sequence `[seq_len, num_kv_heads, rank]`."""
+    """A case with its tensors. Latents are per sequence `[seq_len, num_kv_heads, rank]`.
+
+    With `encode`, `written` holds the keys and values of each sequence that it makes them of.
+    """
 
     case: Case
     query: torch.Tensor
@@ -66,6 +70,8 @@ class Problem:
     block_table: torch.Tensor
     num_blocks: int
     rotary: tuple[Array, Array] = field(default=(np.zeros(0), np.zeros(0)))
+    written: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    encode: Encode | None = None
 
 
 def make(case: Case) -> Problem:
@@ -106,11 +112,31 @@ def make(case: Case) -> Problem:
             is_neox_style=case.is_neox_style,
             key_offset=normal(heads, case.head_size) * 0.3 if case.offset else None,
         )
+    keys = [normal(n, case.num_kv_heads, case.rank_k).to(case.dtype) for n in lengths]
+    values = [normal(n, case.num_kv_heads, case.rank_v).to(case.dtype) for n in lengths]
+    written, encode = [], None
+    if size := case.encoded_size:
+        bases = [
+            (normal(case.num_kv_heads, size, rank) / math.sqrt(size)).to(case.dtype)
+            for rank in (case.rank_k, case.rank_v)
+        ]
+        encode = Encode(*bases)
+        written = [
+            (
+                normal(n, case.num_kv_heads, size).to(case.dtype),
+                normal(n, case.num_kv_heads, size).to(case.dtype),
+            )
+            for n in lengths
+        ]
+        keys, values = (
+            [_through(rows[part], bases[part]).to(case.dtype) for rows in written]
+            for part in (0, 1)
+        )
     return Problem(
         case=case,
         query=normal(int(starts[-1]) + 1, case.num_heads, case.query_size).to(case.dtype),
-        keys=[normal(n, case.num_kv_heads, case.rank_k).to(case.dtype) for n in lengths],
-        values=[normal(n, case.num_kv_heads, case.rank_v).to(case.dtype) for n in lengths],
+        keys=keys,
+        values=values,
         options=ScoreOptions(
             scale=1.5 * spread,
             alibi_slopes=torch.rand(case.num_heads, generator=rng) if case.alibi else None,
@@ -123,7 +149,14 @@ def make(case: Case) -> Problem:
         block_table=table,
         num_blocks=num_blocks,
         rotary=rotary,
+        written=written,
+        encode=encode,
     )
+
+
+def _through(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Rows `[n, heads, size]` times `[heads, size, rank]`, in float64."""
+    return torch.from_numpy(np.einsum("nhs,hsr->nhr", rows.double(), basis.double()))
 
 
 def run(kernels: Kernels, problem: Problem, *, free_outside_window: bool = False) -> torch.Tensor:
@@ -137,7 +170,8 @@ def run(kernels: Kernels, problem: Problem, *, free_outside_window: bool = False
     width = case.rank_k + case.rank_v
     shape = (problem.num_blocks, case.num_kv_heads + 1, case.block_size, width)
     cache = poisoned(shape, dtype)[:, 1:]
-    for row, keys, values in zip(problem.block_table, problem.keys, problem.values, strict=True):
+    written = problem.written or list(zip(problem.keys, problem.values, strict=True))
+    for row, (keys, values) in zip(problem.block_table, written, strict=True):
         positions = torch.arange(keys.shape[0])
         slots = row[positions // case.block_size].long() * case.block_size
         slots = slots + positions % case.block_size
@@ -145,7 +179,8 @@ def run(kernels: Kernels, problem: Problem, *, free_outside_window: bool = False
         slots = torch.stack([slots, torch.full_like(slots, -1)], dim=1).flatten()
         keys, values = (rows.repeat_interleave(2, 0) for rows in (keys, values))
         keys, values = (torch.cat([rows, rows[:1]]) for rows in (keys, values))
-        kernels.write_cache(keys, values, cache, slots, case.k_scale, case.v_scale)
+        scales = case.k_scale, case.v_scale
+        kernels.write_cache(keys, values, cache, slots, *scales, problem.encode)
     if free_outside_window and case.window is not None:
         nan = poisoned(shape, dtype)[:, 1:]
         for row, (old, _) in zip(problem.block_table, case.sequences, strict=True):

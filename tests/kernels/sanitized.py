@@ -28,8 +28,8 @@ def random_case(seed: int) -> Case:
         num_kv_heads=rng.randint(1, 2),
         group=rng.randint(1, 2) if rebuild else 1,
         queries_per_head=rng.choice([1, 2, 3, 7]),
-        rank_k=rng.randint(1, 45),
-        rank_v=rng.randint(1, 140),
+        rank_k=rng.randint(1, rng.choice([45, 256])),
+        rank_v=rng.randint(1, rng.choice([45, 256])),
         block_size=16 * rng.choice([1, 3, 8]),
         sequences=tuple(
             (rng.randint(0, 400), rng.choice([1, 1, rng.randint(1, 40)]))

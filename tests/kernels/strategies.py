@@ -19,6 +19,8 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = QUERY_DTYPES) -> Ca
     rotary_dim = 2 * draw(st.integers(0, head_size // 2))
     fp8 = draw(st.sampled_from((None, None, *FP8)))
     scales = st.sampled_from([0.05, 1.0, 2.0]) if fp8 else st.just(1.0)
+    # A latent beside the middle of two fp8 values may be rounded to either.
+    sizes = st.just(0) if fp8 else st.sampled_from([0, 0, 1, 33, 64, 128, 200])
     ranks = st.one_of(st.integers(1, 40), st.sampled_from([64, 77, 128, 129, 250, 256]))
     sequence = st.tuples(st.integers(0, 700), st.one_of(st.just(1), st.integers(1, 60)))
     return Case(
@@ -41,5 +43,6 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = QUERY_DTYPES) -> Ca
         soft_cap=draw(st.sampled_from([None, None, 3.0])),
         k_scale=draw(scales),
         v_scale=draw(scales),
+        encoded_size=draw(sizes),
         seed=draw(st.integers(0, 2**20)),
     )

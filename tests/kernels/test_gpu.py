@@ -222,6 +222,23 @@ def test_stores_fp8_as_torch_does(cache_dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_encodes_into_fp8(cache_dtype: torch.dtype) -> None:
+    """As torch rounds the float32 products, but for those beside the middle of two values."""
+    case = Case(rank_k=20, rank_v=33, sequences=((90, 1),), encoded_size=48)
+    problem = make(case)
+    [(key, value)] = problem.written
+    cache = torch.zeros(6, 2, 16, 53, dtype=cache_dtype)
+    slots = torch.arange(91)
+    Moving().write_cache(key, value, cache, slots, 0.1, 0.02, problem.encode)
+    stored = cache.view(torch.float8_e4m3fn).transpose(1, 2).reshape(-1, 2, 53)[:91].float()
+    wanted = torch.cat([problem.keys[0] / 0.1, problem.values[0] / 0.02], dim=-1).clamp(-448, 448)
+    assert bool(((stored - wanted).abs() <= wanted.abs() / 16 + 2**-10).all())
+    exact = stored == wanted.to(torch.float8_e4m3fn).float()
+    assert float(exact.float().mean()) > 0.999
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     "wrong",
     [

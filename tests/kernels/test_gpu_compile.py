@@ -44,9 +44,10 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize("name", CASES)
 def test_fits_hopper(compiled: dict[str, list[dict[str, Any]]], name: str) -> None:
     kernels = compiled[name]
-    assert [k["name"] for k in kernels] == ["write", "attend", "merge", "attend"]
+    assert [k["name"] for k in kernels] == ["write", "encode", "attend", "merge", "attend"]
     assert all(k["shared_bytes"] <= HOPPER_SHARED_BYTES for k in kernels), kernels
-    decode, prefill = kernels[1], kernels[3]
+    _, encode, decode, _, prefill = kernels
+    assert encode["wgmma"] > 0
     assert decode["wgmma"] > 0
     assert prefill["wgmma"] > 0
 
@@ -56,7 +57,7 @@ def _compile_all() -> dict[str, list[dict[str, Any]]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from vllm_eigen.kernels import Rebuild, ScoreOptions, gpu
+    from vllm_eigen.kernels import Encode, Rebuild, ScoreOptions, gpu
 
     class Hopper:
         """As much of a driver as compiling asks for."""
@@ -94,6 +95,7 @@ def _compile_all() -> dict[str, list[dict[str, Any]]]:
     gpu._INTERPRETED = True  # No device is asked for.
     gpu.repair_interpreter = lambda: None
     gpu.write_latents = Compiler("write", gpu.write_latents)
+    gpu.encode_latents = Compiler("encode", gpu.encode_latents)
     gpu.attend_tile = Compiler("attend", gpu.attend_tile)
     gpu.merge_splits = Compiler("merge", gpu.merge_splits)
     reports = {}
@@ -111,7 +113,13 @@ def _compile_all() -> dict[str, list[dict[str, Any]]]:
         kernels = gpu.GpuKernels()
         key = torch.zeros(64, kv_heads, rank_k, dtype=dtype)
         value = torch.zeros(64, kv_heads, rank_v, dtype=dtype)
-        kernels.write_cache(key, value, cache, torch.zeros(64, dtype=torch.int64))
+        slots = torch.zeros(64, dtype=torch.int64)
+        kernels.write_cache(key, value, cache, slots)
+        whole = torch.zeros(64, kv_heads, group * 128, dtype=dtype)
+        encoders = (
+            torch.zeros(kv_heads, group * 128, rank, dtype=dtype) for rank in (rank_k, rank_v)
+        )
+        kernels.write_cache(whole, whole, cache, slots, encode=Encode(*encoders))
         kernels.attend(
             torch.zeros(64, heads, head_size or rank_k, dtype=dtype),
             cache,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from vllm_eigen.errors import KernelError
 
-from .interface import Kernels, Rebuild, ScoreOptions
+from .interface import Encode, Kernels, Rebuild, ScoreOptions
 
-__all__ = ["NAMES", "Kernels", "Rebuild", "ScoreOptions", "load"]
+__all__ = ["NAMES", "Encode", "Kernels", "Rebuild", "ScoreOptions", "load"]
 
 NAMES = ("reference", "cpu", "gpu")
 

@@ -17,7 +17,7 @@ import torch
 from vllm_eigen.errors import KernelError
 
 from . import build
-from .interface import Rebuild, ScoreOptions
+from .interface import Encode, Rebuild, ScoreOptions
 from .packed import PackedRebuild, pack
 
 _QUERY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -136,8 +136,11 @@ class CpuKernels:
         slot_mapping: torch.Tensor,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        encode: Encode | None = None,
     ) -> None:
         """See `interface.Kernels.write_cache`."""
+        if encode is not None:
+            key, value = encode.latents(key, value)
         args = _WriteArgs.from_buffer_copy(
             _write_args(
                 _layout(key),

@@ -21,15 +21,26 @@ import triton
 
 from vllm_eigen.errors import KernelError
 
-from .interface import FP8_DTYPES, Rebuild, ScoreOptions
+from .interface import FP8_DTYPES, Encode, Rebuild, ScoreOptions
 from .triton_attend import attend_tile, merge_splits
 from .triton_interpreter import repair_interpreter
 from .triton_rebuild import FAR_STEP, PackedRebuild, pack, padded_planes
-from .triton_tiles import HOPPER_SHARED_BYTES, Shape, Tile, Tuning, fit, fit_decode, rank_chunks
-from .triton_write import write_latents
+from .triton_tiles import (
+    HOPPER_SHARED_BYTES,
+    MIN_DOT,
+    Shape,
+    Tile,
+    Tuning,
+    fit,
+    fit_decode,
+    padded,
+    rank_chunks,
+)
+from .triton_write import encode_latents, write_latents
 
 MAX_RANK = 256
 _MAX_SPLITS = 128
+_ENCODED_TOKENS = 64
 _INTERPRETED = not isinstance(attend_tile, triton.runtime.JITFunction)
 
 
@@ -66,41 +77,65 @@ class GpuKernels:
         slot_mapping: torch.Tensor,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        encode: Encode | None = None,
     ) -> None:
         """See `interface.Kernels.write_cache`."""
         pages = _pages(kv_cache)
         num_tokens, num_heads = slot_mapping.shape[0], pages.shape[1]
-        rank_k, rank_v = key.shape[2], value.shape[2]
-        _require(key.shape[1] == value.shape[1] == num_heads, "heads of key, value and cache")
-        _require(rank_k + rank_v == pages.shape[3], "ranks of key, value and cache")
-        _require(min(key.shape[0], value.shape[0]) >= num_tokens, "tokens of key, value and slots")
-        _require(key.stride(2) == value.stride(2) == 1, "layout of key and value")
+        rank_k, rank_v = _check_write(key, value, pages, num_tokens, encode)
         if num_tokens == 0:
             return
-        is_fp8 = pages.dtype in FP8_DTYPES
-        _require(is_fp8 or key.dtype == value.dtype == pages.dtype, "dtype of latents and cache")
         block_rank = triton.next_power_of_2(max(rank_k, rank_v))
-        block_heads = min(triton.next_power_of_2(num_heads), max(1, 2048 // block_rank))
-        write_latents[(num_tokens, triton.cdiv(num_heads, block_heads))](
-            key,
-            value,
-            pages,
-            slot_mapping,
+        places = pages, slot_mapping
+        strides = (
             key.stride(0),
             key.stride(1),
             value.stride(0),
             value.stride(1),
             pages.stride(0),
             pages.stride(1),
+        )
+        shape = {
+            "rank_k": rank_k,
+            "rank_v": rank_v,
+            "page_size": pages.shape[2],
+            "fp8_limit": torch.finfo(pages.dtype).max if pages.dtype in FP8_DTYPES else 0.0,
+        }
+        if encode is not None:
+            # The same tile for any number of tokens: a token's latents do not depend on company.
+            encode_latents[(triton.cdiv(num_tokens, _ENCODED_TOKENS), num_heads, 2)](
+                key,
+                value,
+                encode.key,
+                encode.value,
+                *places,
+                num_tokens,
+                *strides,
+                k_scale,
+                v_scale,
+                **shape,
+                key_size=key.shape[2],
+                value_size=value.shape[2],
+                block_tokens=_ENCODED_TOKENS,
+                block_size=min(64, padded(max(key.shape[2], value.shape[2]))),
+                block_rank=max(MIN_DOT, block_rank),
+                precision="tf32x3" if key.dtype == torch.float32 else "tf32",
+                num_warps=4 if block_rank <= 128 else 8,
+                num_stages=1,
+            )
+            return
+        block_heads = min(triton.next_power_of_2(num_heads), max(1, 2048 // block_rank))
+        write_latents[(num_tokens, triton.cdiv(num_heads, block_heads))](
+            key,
+            value,
+            *places,
+            *strides,
             k_scale,
             v_scale,
+            **shape,
             num_heads=num_heads,
-            rank_k=rank_k,
-            rank_v=rank_v,
-            page_size=pages.shape[2],
             block_heads=block_heads,
             block_rank=block_rank,
-            fp8_limit=torch.finfo(pages.dtype).max if is_fp8 else 0.0,
         )
 
     def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> PackedRebuild:
@@ -281,6 +316,29 @@ class _Partials:
         """Uninitialised `[*rows, width]`, `rows` and `rows`."""
         sizes = (*rows, width), rows, rows
         return cls(*(torch.empty(size, dtype=torch.float32, device=device) for size in sizes))
+
+
+def _check_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    num_tokens: int,
+    encode: Encode | None,
+) -> tuple[int, int]:
+    """The ranks of what is stored; KernelError where the tensors do not fit together."""
+    _require(key.shape[1] == value.shape[1] == pages.shape[1], "heads of key, value and cache")
+    _require(min(key.shape[0], value.shape[0]) >= num_tokens, "tokens of key, value and slots")
+    _require(key.stride(2) == value.stride(2) == 1, "layout of key and value")
+    is_fp8 = pages.dtype in FP8_DTYPES
+    _require(is_fp8 or key.dtype == value.dtype == pages.dtype, "dtype of latents and cache")
+    rank_k, rank_v = key.shape[2], value.shape[2]
+    if encode is not None:
+        for rows, basis in ((key, encode.key), (value, encode.value)):
+            _require(basis.shape[:2] == rows.shape[1:], "bases of key and value")
+            _require(basis.is_contiguous() and basis.dtype == rows.dtype, "layout of the bases")
+        rank_k, rank_v = encode.key.shape[2], encode.value.shape[2]
+    _require(rank_k + rank_v == pages.shape[3], "ranks of key, value and cache")
+    return rank_k, rank_v
 
 
 def _check(

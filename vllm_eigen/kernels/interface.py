@@ -54,6 +54,22 @@ class Rebuild:
     key_offset: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Encode:
+    """How keys and values become latents, where the projections do not make them: x' = x @ basis.
+
+    key: `[num_kv_heads, key_size, rank_k]`; value: `[num_kv_heads, value_size, rank_v]`.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def latents(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[num_tokens, num_kv_heads, size]` to `[.., rank]`, both."""
+        heads_first = key.transpose(0, 1) @ self.key, value.transpose(0, 1) @ self.value
+        return heads_first[0].transpose(0, 1), heads_first[1].transpose(0, 1)
+
+
 class Kernels(Protocol):
     """Write latents into the paged cache and attend over them.
 
@@ -82,9 +98,12 @@ class Kernels(Protocol):
         slot_mapping: torch.Tensor,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        encode: Encode | None = None,
     ) -> None:
         """Store `key [num_tokens, num_kv_heads, rank_k]` and `value [.., rank_v]` in their slots.
 
+        With `encode` they are `[num_tokens, num_kv_heads, size]`, and what it makes of them is
+        stored.
         slot_mapping: int64 `[num_tokens]`, block * block_size + offset; negative slots are
         padding and skipped. It may be shorter than key (vLLM pads the batch).
         Raises KernelError for shapes and dtypes that do not fit.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .interface import FP8_DTYPES, Rebuild, ScoreOptions
+from .interface import FP8_DTYPES, Encode, Rebuild, ScoreOptions
 
 
 class ReferenceKernels:
@@ -28,8 +28,11 @@ class ReferenceKernels:
         slot_mapping: torch.Tensor,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        encode: Encode | None = None,
     ) -> None:
         """See `interface.Kernels.write_cache`."""
+        if encode is not None:
+            key, value = encode.latents(key, value)
         pages = _typed(kv_cache)
         num_tokens = slot_mapping.shape[0]
         kept = slot_mapping >= 0

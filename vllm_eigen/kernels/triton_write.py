@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
-"""Cache write on a GPU: one program stores one token's latents, of a few heads, in its page."""
+"""Cache write on a GPU: latents as they come, or made from whole heads on their way to the page."""
 
 from __future__ import annotations
 
@@ -60,3 +60,127 @@ def write_latents(
         values = tl.clamp(values.to(tl.float32) / v_scale, -fp8_limit, fp8_limit, NAN)
     tl.store(target, keys.to(cache.dtype.element_ty), mask=in_key)
     tl.store(target + rank_k, values.to(cache.dtype.element_ty), mask=in_value)
+
+
+@triton.jit
+def encode_latents(
+    key,
+    value,
+    key_basis,
+    value_basis,
+    cache,
+    slot_mapping,
+    num_tokens,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
+    cache_stride_block,
+    cache_stride_head,
+    k_scale,
+    v_scale,
+    key_size: tl.constexpr,
+    value_size: tl.constexpr,
+    rank_k: tl.constexpr,
+    rank_v: tl.constexpr,
+    page_size: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_size: tl.constexpr,
+    block_rank: tl.constexpr,
+    fp8_limit: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """key `[num_tokens, num_heads, key_size]` @ key_basis `[num_heads, key_size, rank_k]`, and the
+    same of values, into token-major pages; bases are contiguous.
+
+    Program (tokens, head, keys or values). The products are added in float32 and rounded once.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    if tl.program_id(2) == 0:
+        _encode(
+            key + head * key_stride_head,
+            key_stride_token,
+            key_basis + head * key_size * rank_k,
+            cache + head * cache_stride_head,
+            slot_mapping,
+            num_tokens,
+            cache_stride_block,
+            k_scale,
+            key_size,
+            rank_k,
+            rank_k + rank_v,
+            page_size,
+            block_tokens,
+            block_size,
+            block_rank,
+            fp8_limit,
+            precision,
+        )
+    else:
+        _encode(
+            value + head * value_stride_head,
+            value_stride_token,
+            value_basis + head * value_size * rank_v,
+            cache + head * cache_stride_head + rank_k,
+            slot_mapping,
+            num_tokens,
+            cache_stride_block,
+            v_scale,
+            value_size,
+            rank_v,
+            rank_k + rank_v,
+            page_size,
+            block_tokens,
+            block_size,
+            block_rank,
+            fp8_limit,
+            precision,
+        )
+
+
+@triton.jit
+def _encode(
+    rows,
+    stride_token,
+    basis,
+    target,
+    slot_mapping,
+    num_tokens,
+    stride_block,
+    scale,
+    size: tl.constexpr,
+    rank: tl.constexpr,
+    width: tl.constexpr,
+    page_size: tl.constexpr,
+    block_tokens: tl.constexpr,
+    block_size: tl.constexpr,
+    block_rank: tl.constexpr,
+    fp8_limit: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Some tokens' rows `[block_tokens, size]` of one head through its basis `[size, rank]`."""
+    token = tl.program_id(0).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
+    column = tl.arange(0, block_rank)
+    latents = tl.zeros((block_tokens, block_rank), tl.float32)
+    for start in tl.range(0, size, block_size):
+        part = start + tl.arange(0, block_size)
+        x = tl.load(
+            rows + token[:, None] * stride_token + part[None, :],
+            mask=(token[:, None] < num_tokens) & (part[None, :] < size),
+            other=0.0,
+        )
+        maps = tl.load(
+            basis + part[:, None] * rank + column[None, :],
+            mask=(part[:, None] < size) & (column[None, :] < rank),
+            other=0.0,
+        )
+        latents = tl.dot(x, maps, latents, input_precision=precision)
+    slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1).to(tl.int64)
+    place = (slot // page_size) * stride_block + (slot % page_size) * width
+    if fp8_limit > 0:
+        latents = tl.clamp(latents / scale, -fp8_limit, fp8_limit, NAN)
+    tl.store(
+        target + place[:, None] + column[None, :],
+        latents.to(target.dtype.element_ty),
+        mask=(slot[:, None] >= 0) & (column[None, :] < rank),
+    )
