@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -103,11 +104,17 @@ def refit(
             changed |= {f"{path}.{key}": found.pop(key) for key in _WEIGHTS if key in found}
             item = result[index] = replace(item, value=Basis(**found))
             layer = changed_model.layer(index)
+        if index + 1 == len(bases):
+            break  # nobody needs what the last layer makes of it
         maps = item.key.at(rank.rank_k), item.value.at(rank.rank_v)
         with compress(layer, family, skeleton.source.geometry, key_mode, *maps):
             for _ in eigen.advance(index, layer):
                 pass
     return result, changed_model
+
+
+class _Seen(Exception):  # noqa: N818 - no error
+    """Ends a forward pass of which no more is needed."""
 
 
 class _Layer:
@@ -174,19 +181,25 @@ class _Layer:
             gap = (base.hidden[part] - eigen.hidden[part]).to(self._device)
             with self._watched() as exact:
                 base.hidden[part] = base.run(self._index, self._layer, base.hidden[part])
-            with self._compressed(), self._watched() as found:
+            with self._compressed(), self._watched(alone=True) as found, suppress(_Seen):
                 eigen.run(self._index, self._layer, eigen.hidden[part])
             sums.add(found["input"], exact["output"] + gap)
             step()
         return sums.centred() if centred else sums
 
     @contextlib.contextmanager
-    def _watched(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What the output projection is given and gives, while open."""
+    def _watched(self, *, alone: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """What the output projection is given and gives, while open.
+
+        Args:
+            alone: end every forward pass there, with `_Seen`.
+        """
         seen: dict[str, torch.Tensor] = {}
 
         def look(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
             seen.update(input=args[0], output=output)
+            if alone:
+                raise _Seen
 
         handle = self._o_proj.register_forward_hook(look)
         try:

@@ -93,8 +93,8 @@ def calibrate(kv_ratio: float, output: Path) -> Path:
             str(kv_ratio),
             "--text",
             str(output.parent / "calibration.txt"),
-            # Half the text in short windows: seconds instead of a minute, and as good here.
-            *("--samples", "64", "--seq-len", "512", "--overwrite"),
+            # A sixth of the text in short windows: seconds instead of a minute, and as good here.
+            *("--samples", "40", "--seq-len", "256", "--overwrite"),
         ]
     )
     if status:

@@ -1,8 +1,8 @@
 """Reduced rank: vLLM's logits against transformers running the same compressed model.
 
-One small engine a family is pushed through prefill in chunks, decode, prefix-cache hits and
-preemption; every logit it gives is compared with `calibration.unfold`, an ordinary model of the
-base architecture with the same output.
+One engine a family, of real size and with a small chunk, is pushed through prefill and decode;
+every logit it gives is compared with `calibration.unfold`, an ordinary model of the base
+architecture with the same output. Small pages and pools are `test_matrix.py`'s.
 """
 
 from __future__ import annotations
@@ -14,33 +14,18 @@ import pytest
 
 from calibration.unfold import load_reference
 from tests.engine.conftest import FAMILIES, Models
-from tests.engine.harness import (
-    ask,
-    cached_elements,
-    check,
-    engine,
-    metric,
-    prompts,
-)
+from tests.engine.harness import ask, check, engine, prompts
 
 CHUNK = 96
 BLOCK = 32
-BLOCKS = 64
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest, models: Models) -> Iterator[tuple[Any, Any]]:
-    """An engine with a small pool and small chunks, and its reference in torch."""
+    """An engine with small chunks, and its reference in torch."""
     folder = models(request.param, "float32", 0.6)
-    pool = BLOCKS * BLOCK * cached_elements(folder) * 4
     with engine(
-        folder,
-        kv_cache_memory_bytes=pool,
-        block_size=BLOCK,
-        max_model_len=1024,
-        max_num_batched_tokens=CHUNK,
-        max_num_seqs=16,
-        enable_prefix_caching=True,
+        folder, block_size=BLOCK, max_model_len=1024, max_num_batched_tokens=CHUNK, max_num_seqs=16
     ) as llm:
         yield llm, load_reference(folder)
 
@@ -56,22 +41,3 @@ def test_chunked_prefill_of_unequal_lengths(pair: tuple[Any, Any]) -> None:
     llm, model = pair
     asked = prompts([CHUNK + 1, 3 * CHUNK, 700, 5, 150], seed=3)
     check(model, asked, ask(llm, asked, 6, logits=True))
-
-
-def test_decode_after_a_prefix_hit(pair: tuple[Any, Any]) -> None:
-    llm, model = pair
-    [prompt] = prompts([400], seed=4)
-    ask(llm, [prompt], 1, logits=False)
-    asked = [prompt, [*prompt[:320], *prompts([50], seed=5)[0]]]
-    answers = ask(llm, asked, 6, logits=True)
-    assert [answer.cached for answer in answers] == [384, 320]
-    check(model, asked, answers)
-
-
-def test_after_preemption(pair: tuple[Any, Any]) -> None:
-    llm, model = pair
-    asked = prompts([300] * 8, seed=6)
-    before = metric(llm, "vllm:num_preemptions")
-    answers = ask(llm, asked, 40, logits=True)
-    assert metric(llm, "vllm:num_preemptions") > before, "the pool was meant to overflow"
-    check(model, asked, answers)

@@ -24,7 +24,7 @@ STREAMED = {
 }
 
 
-TOKENS = 900
+TOKENS = 500
 
 
 async def test_sigterm_drains(guarded: ServerProcess) -> None:
