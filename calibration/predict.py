@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from calibration import scales
+from calibration import refit, scales
 from calibration.methods.base import Method
+from calibration.probe import SHARES, TOKENS
 from calibration.source import Source
 from calibration.stream import BATCH_TOKENS, SPILL_LIMIT, auto_config, auto_model
 from vllm_eigen.families import KeyMode
@@ -85,7 +86,14 @@ def predict(
     length = min(length, source.max_positions)
     tokens = samples * length
     hidden = tokens * geometry.hidden_size * 4
-    spilled = hidden if hidden > SPILL_LIMIT else 0
+    probing = kv_ratio is not None and method.rank_rule == "global"
+    trials = 2 * len(SHARES) * geometry.num_layers if probing else 0
+    # Every trial has hidden states of its own, once those of the text are gone.
+    activations = hidden, trials * TOKENS * geometry.hidden_size * 4
+    spilled = max((size for size in activations if size > SPILL_LIMIT), default=0)
+    kept_hidden = max((size for size in activations if size <= SPILL_LIMIT), default=0)
+    if device.type == "cuda":
+        kept_hidden = 0  # they wait in the host's memory
     statistics = method.statistics(key_mode, head_group)
     moments = sum(_product(item().shape(geometry)) for item in statistics) * 8
     bases = 4 * geometry.num_layers * geometry.num_kv_heads * head_group * geometry.head_size**2 * 8
@@ -94,14 +102,15 @@ def predict(
     scores = (4 if eager else 1) * batch * geometry.num_heads * length * length * 4
     widest = 8 * batch * length * max(geometry.hidden_size, layer // geometry.hidden_size // 3) * 4
     peak = _RESIDENT[device.type] + 4 * (outside + layer) + 3 * moments + bases + widest
-    peak += (scores if eager or source.family.qkv_proj else 0) + hidden - spilled
+    peak += (scores if eager or source.family.qkv_proj else 0) + kept_hidden
 
-    probes = _probe_passes(method, kv_ratio, geometry.num_layers)
+    # A trial joins at its layer, the middle one on average; the paper's sweep takes one layer each.
+    probes = trials * (geometry.num_layers + 1) / (2 * geometry.num_layers) if probing else 14.0
     # After the ranks: the refit's passes, some windows for the scales, the held-out ones twice.
     refits = method.refit and (kv_ratio is None or kv_ratio < 1)
-    after = 3 * tokens * refits
+    after = 3 * min(tokens, refit.TOKENS * geometry.hidden_size) * refits
     after += min(tokens, max(scales.TOKENS, length)) + 2 * _HELD_OUT * length
-    flops = 2.0 * (total - outside) * (tokens + probes * 2048 + after)
+    flops = 2.0 * (total - outside) * (tokens + probes * TOKENS + after)
     flops += 4.0 * geometry.num_layers * tokens * length * geometry.num_heads * geometry.head_size
     speed = _EFFICIENCY * _flops_per_second(device)
     return Prediction(
@@ -113,13 +122,6 @@ def predict(
         disk_bytes=total * element + bases + spilled,
         seconds=_OVERHEAD_SECONDS + flops / speed,
     )
-
-
-def _probe_passes(method: Method, kv_ratio: float | None, num_layers: int) -> float:
-    """Passes over the probe windows, in units of the whole model."""
-    if kv_ratio is not None and method.rank_rule == "global":
-        return 6 * (num_layers + 1) / 2  # three ranks of keys and of values a layer
-    return 14
 
 
 def _dtype(source: Source) -> Any:
@@ -134,12 +136,14 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _flops_per_second(device: torch.device) -> float:
+    """Of a large product, at its best: other work on the machine must not count."""
     size = 4096 if device.type == "cuda" else 512
     x = torch.randn(size, size, device=device)
-    x @ x
-    count, begun = 0, time.perf_counter()
-    while count < 3 or time.perf_counter() - begun < 0.1:
+    float((x @ x)[0, 0])
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < 0.2:
+        begun = time.perf_counter()
         y = x @ x
         float(y[0, 0])  # waits for the device
-        count += 1
-    return 2.0 * size**3 * count / (time.perf_counter() - begun)
+        times.append(time.perf_counter() - begun)
+    return 2.0 * size**3 / min(times)

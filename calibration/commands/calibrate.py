@@ -130,7 +130,15 @@ def _print_prediction(found: Prediction) -> None:
     print(f"tokens per GiB  {number(found.tokens_per_gib, '{:,}')}")
     print(f"peak memory     {found.peak_memory_bytes / 2**30:.2f} GiB")
     print(f"disk            {found.disk_bytes / 2**30:.2f} GiB")
-    print(f"time            about {found.seconds:.0f} s")
+    print(f"time            about {_duration(found.seconds)}")
+
+
+def _duration(seconds: float) -> str:
+    """In the unit a person would choose."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def run(args: argparse.Namespace) -> int:
