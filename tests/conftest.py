@@ -17,19 +17,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-SHARE_SERVERS = {
-    f"tests/server/test_{name}.py"
-    for name in (
-        "api_errors",
-        "dashboard",
-        "memory_api",
-        "openai_client",
-        "openapi",
-        "protected",
-        "shutdown",
-    )
-}
-"""Those that use the servers of `tests/server/conftest.py`; a start takes up to a minute."""
+TOGETHER = ("tests/server/", "tests/kernels/")
+"""Files below these go to one process: they share started servers, or compiled kernels."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,12 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A test file goes to one process; so do all files that share started servers."""
+    """A test file goes to one process, and some folders do; what has most tests begins first."""
     from xdist.scheduler import LoadFileScheduling
 
-    class LoadServerScheduling(LoadFileScheduling):
+    class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = str(super()._split_scope(nodeid))
-            return "servers" if path in SHARE_SERVERS else path
+            return next((folder for folder in TOGETHER if path.startswith(folder)), path)
 
-    return LoadServerScheduling(config, log)
+    return Scheduling(config, log)
