@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -181,7 +180,7 @@ class _Layer:
             gap = (base.hidden[part] - eigen.hidden[part]).to(self._device)
             with self._watched() as exact:
                 base.hidden[part] = base.run(self._index, self._layer, base.hidden[part])
-            with self._compressed(), self._watched(alone=True) as found, suppress(_Seen):
+            with self._compressed(), self._watched(alone=True) as found:
                 eigen.run(self._index, self._layer, eigen.hidden[part])
             sums.add(found["input"], exact["output"] + gap)
             step()
@@ -192,7 +191,7 @@ class _Layer:
         """What the output projection is given and gives, while open.
 
         Args:
-            alone: end every forward pass there, with `_Seen`.
+            alone: end the forward pass there.
         """
         seen: dict[str, torch.Tensor] = {}
 
@@ -204,6 +203,8 @@ class _Layer:
         handle = self._o_proj.register_forward_hook(look)
         try:
             yield seen
+        except _Seen:
+            pass
         finally:
             handle.remove()
 

@@ -119,7 +119,7 @@ class GpuKernels:
                 block_tokens=_ENCODED_TOKENS,
                 block_size=min(64, padded(max(key.shape[2], value.shape[2]))),
                 block_rank=max(MIN_DOT, block_rank),
-                precision="tf32x3" if key.dtype == torch.float32 else "tf32",
+                precision=_precision(key.dtype),
                 num_warps=4 if block_rank <= 128 else 8,
                 num_stages=1,
             )
@@ -265,7 +265,7 @@ class GpuKernels:
                 swap=tile.swap,
                 block_m=tile.block_m,
                 block_n=tile.block_n,
-                precision="tf32x3" if query.dtype == torch.float32 else "tf32",
+                precision=_precision(query.dtype),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
@@ -384,6 +384,11 @@ def _check(
         element_size=query.element_size(),
         cached_size=pages.element_size(),
     )
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How Triton multiplies float32: in three parts, for one is too coarse."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def _pages(kv_cache: torch.Tensor) -> torch.Tensor:

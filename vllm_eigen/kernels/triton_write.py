@@ -55,11 +55,8 @@ def write_latents(
         mask=in_value,
         other=0.0,
     )
-    if fp8_limit > 0:
-        keys = tl.clamp(keys.to(tl.float32) / k_scale, -fp8_limit, fp8_limit, NAN)
-        values = tl.clamp(values.to(tl.float32) / v_scale, -fp8_limit, fp8_limit, NAN)
-    tl.store(target, keys.to(cache.dtype.element_ty), mask=in_key)
-    tl.store(target + rank_k, values.to(cache.dtype.element_ty), mask=in_value)
+    _store(target, keys, in_key, k_scale, fp8_limit)
+    _store(target + rank_k, values, in_value, v_scale, fp8_limit)
 
 
 @triton.jit
@@ -177,10 +174,13 @@ def _encode(
         latents = tl.dot(x, maps, latents, input_precision=precision)
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1).to(tl.int64)
     place = (slot // page_size) * stride_block + (slot % page_size) * width
+    mask = (slot[:, None] >= 0) & (column[None, :] < rank)
+    _store(target + place[:, None] + column[None, :], latents, mask, scale, fp8_limit)
+
+
+@triton.jit
+def _store(target, latents, mask, scale, fp8_limit: tl.constexpr):
+    """Latents as the cache keeps them."""
     if fp8_limit > 0:
-        latents = tl.clamp(latents / scale, -fp8_limit, fp8_limit, NAN)
-    tl.store(
-        target + place[:, None] + column[None, :],
-        latents.to(target.dtype.element_ty),
-        mask=(slot[:, None] >= 0) & (column[None, :] < rank),
-    )
+        latents = tl.clamp(latents.to(tl.float32) / scale, -fp8_limit, fp8_limit, NAN)
+    tl.store(target, latents.to(target.dtype.element_ty), mask=mask)
