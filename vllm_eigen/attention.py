@@ -75,7 +75,7 @@ class EigenAttention(Attention):
         if self.rebuild is not None:
             # A new object: kernels keep a packed copy for as long as a Rebuild lives.
             self.rebuild = replace(self.rebuild)
-            self.impl.kernels.prepare(self.rebuild, act_dtype)
+            self.impl.kernels.prepare(self.rebuild, act_dtype, self.num_heads)
         self._k_scale_float, self._v_scale_float = self._scales
         self._k_scale.fill_(self._k_scale_float)
         self._v_scale.fill_(self._v_scale_float)

@@ -33,6 +33,7 @@ class Case:
     head_size: int = 16
     rebuild: bool = False
     rotary_dim: int = 8
+    rope_base: float | None = None  # None: planes of random speeds, a table of the case's dtype
     is_neox_style: bool = True
     offset: bool = False
     alibi: bool = False
@@ -97,11 +98,13 @@ def make(case: Case) -> Problem:
     if case.rebuild:
         heads = case.num_kv_heads * case.group
         positions = max(lengths) + 3
-        angles = (
-            torch.arange(positions)[:, None]
-            * torch.rand(case.rotary_dim // 2, generator=rng).double()
-        )
-        cos, sin = angles.cos().to(case.dtype), angles.sin().to(case.dtype)
+        planes, digits = case.rotary_dim // 2, case.dtype
+        speeds = torch.rand(planes, generator=rng).double()
+        if case.rope_base is not None:
+            # As models have it, in float32 whatever their dtype: the kernels need not rebuild all.
+            speeds, digits = case.rope_base ** -(torch.arange(planes) / planes), torch.float32
+        angles = torch.arange(positions)[:, None] * speeds.double()
+        cos, sin = angles.cos().to(digits), angles.sin().to(digits)
         rotary = (cos.double().numpy(), sin.double().numpy())
         rebuild = Rebuild(
             key_basis=(normal(heads, case.rank_k, case.head_size) / math.sqrt(case.rank_k)).to(

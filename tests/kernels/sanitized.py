@@ -40,6 +40,7 @@ def random_case(seed: int) -> Case:
         head_size=head_size,
         rebuild=rebuild,
         rotary_dim=2 * rng.randint(0, head_size // 2),
+        rope_base=rng.choice([None, 1e4]),
         is_neox_style=rng.random() < 0.5,
         offset=rng.random() < 0.5,
         alibi=rng.random() < 0.3,

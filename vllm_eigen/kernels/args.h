@@ -21,6 +21,16 @@ struct WriteArgs {
   int64_t num_tokens, threads;
 };
 
+// Planes that are not rebuilt for a single query, see absorb.py. Slow planes are those from
+// `direct_planes` on; of each row, x of all slow planes comes first, then y.
+struct AbsorbArgs {
+  const float* basis;   // [num_heads][2 * slow planes][basis_stride], rank_k of them filled
+  const float* offset;  // [num_heads][2 * slow planes] or null
+  const float* waves;   // [num_waves][tokens of a chunk]
+  const float* blend;   // [num_waves][share in cosine, share in sine][slow planes]
+  int64_t num_waves, direct_planes, basis_stride;
+};
+
 // Rebuilt keys. A plane is two dimensions that rotate together; planes past `rotary_planes` do
 // not rotate. Rows of `basis` are in plane order (x0, y0, x1, y1, ..), as 32-bit units.
 struct RebuildArgs {
@@ -29,6 +39,7 @@ struct RebuildArgs {
   const int32_t* order;    // [2 * planes] dimension of the head in each row; -1 is padding
   const float* cos_sin;    // [positions / 16][rotary_planes][cos, sin][16]
   int64_t num_heads, planes, rotary_planes, positions;
+  const AbsorbArgs* absorb;  // or null
 };
 
 struct AttendArgs {

@@ -10,8 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "chunk.h"
-#include "rebuild.h"
+#include "absorb.h"
 
 namespace eigen {
 
@@ -125,6 +124,11 @@ class Attention {
     Worker(const Attention& plan, Scratch& scratch) : o_(plan) {
       int rows = 0;
       for (const Item& item : o_.items_) rows = std::max(rows, item.rows);
+      const AbsorbArgs* absorb = o_.a_.rebuild ? o_.a_.rebuild->absorb : nullptr;
+      const size_t absorbed =
+          absorb ? o_.group_ * static_cast<size_t>(absorb->num_waves) : 0;
+      const size_t slow = absorb ? 2 * (o_.a_.rebuild->planes - absorb->direct_planes) : 0;
+      const size_t rank_k = (static_cast<size_t>(o_.layout_.rank_k) + W - 1) / W * W;
       const size_t tile = kTileRows * kChunk * 4;
       const size_t values = static_cast<size_t>(rows) * o_.padded_ * 4;
       const size_t queries = (static_cast<size_t>(rows) * o_.query_units_ * 4 + 63) / 64 * 64;
@@ -135,8 +139,9 @@ class Attention {
       const size_t tile_values = kTileRows * static_cast<size_t>(o_.padded_) * 4;
       const size_t edge = (o_.layout_.rank_v * 4 + 127) / 64 * 64;
       const size_t states = (rows + kTileRows) * sizeof(RowState);
+      const size_t absorbing = 4 * (absorbed * (kChunk + slow + 2 * rank_k + 1) + slow);
       char* at = static_cast<char*>(scratch.take(2 * tile + values + queries + keys + panel
-                                                 + tile_values + edge + states));
+                                                 + tile_values + edge + states + absorbing));
       const auto next = [&at](size_t bytes) {
         char* here = at;
         at += bytes;
@@ -152,6 +157,13 @@ class Attention {
       edge_ = reinterpret_cast<Storage*>(next(edge));
       states_ = reinterpret_cast<RowState*>(next(rows * sizeof(RowState)));
       tile_states_ = reinterpret_cast<RowState*>(next(kTileRows * sizeof(RowState)));
+      const auto floats = [&](size_t n) { return reinterpret_cast<float*>(next(4 * n)); };
+      absorb_.products = floats(absorbed * kChunk);
+      absorb_.latent = floats(absorbed * rank_k);
+      absorb_.queries = reinterpret_cast<uint32_t*>(floats(absorbed * rank_k));
+      absorb_.blended = floats(absorbed * slow);
+      absorb_.turned = floats(slow);
+      absorb_.constant = floats(absorbed);
     }
 
     void compute(const Item& item, RowState* part_states, float* part_values) {
@@ -263,15 +275,6 @@ class Attention {
         }
       }
     }
-    template <class Q>
-    static void put_query(F x, uint32_t* to, int n) {
-      if constexpr (Q::pack == 2) {
-        const H h = bf16_of_float(x);
-        std::memcpy(to, &h, 2 * n);
-      } else {
-        std::memcpy(to, &x, 4 * n);
-      }
-    }
 
     // K of `tokens` tokens of a page, from token `inside`.
     KeyRun<E> key_run(const Storage* page, int inside, int tokens) const {
@@ -280,15 +283,36 @@ class Attention {
               l.key_stride(), l.full_units(), tokens};
     }
 
+    // Whether only fast planes are rebuilt: they are for the only query token of a step.
+    bool absorbs(const Item& item) const {
+      return o_.a_.rebuild->absorb && o_.tokens_of(item.seq) == 1;
+    }
+    int planes_rebuilt(const Item& item) const {
+      const RebuildArgs& r = *o_.a_.rebuild;
+      return static_cast<int>(absorbs(item) ? r.absorb->direct_planes : r.planes);
+    }
+
+    // Fills keys_, and where the item absorbs planes its products with the latents.
     void rebuild_chunk(const Item& item, int chunk) {
       const Bounds b = bounds(item, 0, item.rows, chunk);
       if (b.begin >= b.end) return;
+      const RebuildArgs& r = *o_.a_.rebuild;
       const float k_scale = static_cast<float>(o_.a_.cache.k_scale) * E::unit_value;
+      const int absorbed = absorbs(item) ? item.rows * static_cast<int>(r.absorb->num_waves) : 0;
+      if (absorbed > 0)
+        absorb_queries<Keys>(r, item.head, k_scale, o_.layout_.rank_k, chunk * kChunk, queries_,
+                             o_.query_units_, item.rows, absorb_);
       each_page(item, chunk, b.begin / kAlign * kAlign, (b.end + kAlign - 1) / kAlign * kAlign,
                 [&](const Storage* page, int inside, int begin, int end) {
-                  rebuild_keys<E>(*o_.a_.rebuild, item.head, k_scale,
+                  rebuild_keys<E>(r, item.head, planes_rebuilt(item), k_scale,
                                   key_run(page, inside, end - begin), chunk * kChunk + begin,
-                                  keys_ + begin * Keys::pack, kChunk * Keys::pack, panel_);
+                                  keys_ + begin * Keys::pack, kChunk * Keys::pack, panel_,
+                                  [&](const KeyRun<Keys>& latents, int t) {
+                                    if (absorbed == 0) return;
+                                    const int units = latents.units + (latents.single != nullptr);
+                                    score_run<Keys>(absorb_.queries, units, absorbed, latents,
+                                                    absorb_.products + begin + t);
+                                  });
                 });
     }
 
@@ -304,8 +328,9 @@ class Attention {
       const uint32_t* queries = queries_ + static_cast<int64_t>(row) * o_.query_units_;
       if (o_.a_.rebuild) {
         const KeyRun<Keys> run{keys_ + begin * Keys::pack, nullptr, kChunk * Keys::pack,
-                               o_.query_units_, end - begin};
+                               2 * planes_rebuilt(item) / Keys::pack, end - begin};
         score_run<Keys>(queries, o_.query_units_, rows, run, scores_ + begin);
+        if (absorbs(item)) add_waves(*o_.a_.rebuild->absorb, row, rows, begin, end, absorb_, scores_);
       } else {
         each_page(item, chunk, begin, end, [&](const Storage* page, int inside, int from, int to) {
           score_run<E>(queries, o_.query_units_, rows, key_run(page, inside, to - from),
@@ -347,6 +372,7 @@ class Attention {
     typename Keys::Storage* keys_;
     Storage* edge_;
     RowState *states_, *tile_states_;
+    AbsorbRoom absorb_;
   };
 
   const AttendArgs& a_;

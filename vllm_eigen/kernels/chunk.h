@@ -62,9 +62,9 @@ void score_run(const uint32_t* queries, int64_t query_stride, int rows, const Ke
 // out[row][d] += sum of weights[row][unit] * values[unit][d] over `units` token units; rows of
 // `padded` (rank_v rounded up to W).
 template <class E>
-void add_values(const uint32_t* weights, int rows, const typename E::Storage* values,
-                int64_t stride, int units, int rank_v, float* out, int padded) {
-  constexpr int kUnits = kChunk / E::pack;  // of a row of weights
+void add_values(const uint32_t* weights, int64_t weights_stride, int rows,
+                const typename E::Storage* values, int64_t stride, int units, int rank_v,
+                float* out, int padded) {
   constexpr int widest = kAccumulators / 3;
   const int vectors = padded / W;
   const int nv = even_part(vectors, rows <= 3 ? widest : std::min(widest, 6));
@@ -79,8 +79,8 @@ void add_values(const uint32_t* weights, int rows, const typename E::Storage* va
         F c[MR][NV];
         EIGEN_UNROLL for (int i = 0; i < MR; ++i)
           EIGEN_UNROLL for (int v = 0; v < NV; ++v) c[i][v] = load<F>(to + i * padded + v * W);
-        multiply<E, MR, NV>(c, weights + r * kUnits, kUnits, values + v0 * W * E::pack, stride,
-                            units, last);
+        multiply<E, MR, NV>(c, weights + r * weights_stride, weights_stride,
+                            values + v0 * W * E::pack, stride, units, last);
         EIGEN_UNROLL for (int i = 0; i < MR; ++i)
           EIGEN_UNROLL for (int v = 0; v < NV; ++v) store(to + i * padded + v * W, c[i][v]);
       });
@@ -109,13 +109,14 @@ template <class E>
 void add_value_run(const uint32_t* weights, int rows, const Page<E>& layout,
                    const typename E::Storage* page, int token_in_page, int begin, int end,
                    float* out, int padded, typename E::Storage* edge) {
+  constexpr int kUnits = kChunk / E::pack;  // of a row of weights
   const auto half_unit = [&](int token, int kept) {
     const auto* row = layout.values(page, token_in_page + token - begin);
     for (int d = 0; d < layout.rank_v; ++d) {
       edge[2 * d + kept] = row[2 * d + kept];
       edge[2 * d + 1 - kept] = 0;
     }
-    add_values<E>(weights + token / 2, rows, edge, layout.value_stride(), 1, layout.rank_v, out,
+    add_values<E>(weights + token / 2, kUnits, rows, edge, layout.value_stride(), 1, layout.rank_v, out,
                   padded);
   };
   int first = begin, last = end;
@@ -124,7 +125,7 @@ void add_value_run(const uint32_t* weights, int rows, const Page<E>& layout,
     last -= last % 2;
   }
   if (first < last)
-    add_values<E>(weights + first / E::pack, rows,
+    add_values<E>(weights + first / E::pack, kUnits, rows,
                   layout.values(page, token_in_page + first - begin), layout.value_stride(),
                   (last - first) / E::pack, layout.rank_v, out, padded);
   if (E::pack == 2 && last < end && last >= first) half_unit(last, 0);

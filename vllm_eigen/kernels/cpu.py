@@ -18,7 +18,7 @@ from vllm_eigen.errors import KernelError
 
 from . import build
 from .interface import Encode, Rebuild, ScoreOptions
-from .packed import PackedRebuild, pack
+from .packed import Absorbed, PackedRebuild, Reader, pack
 
 _QUERY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _CACHE_TYPES = {
@@ -28,6 +28,7 @@ _CACHE_TYPES = {
     torch.float8_e5m2: 4,
 }
 _BLOCK_MULTIPLE = 16
+REBUILD_PAIRS_FLAG = "-DEIGEN_REBUILD_PAIRS"
 _PROBLEMS = {
     1: "unknown cache type",
     2: "a sequence is longer than the table of rotary cosines",
@@ -68,6 +69,18 @@ class _WriteArgs(Structure):
     )
 
 
+class _AbsorbArgs(Structure):
+    _fields_ = (
+        ("basis", c_void_p),
+        ("offset", c_void_p),
+        ("waves", c_void_p),
+        ("blend", c_void_p),
+        ("num_waves", c_int64),
+        ("direct_planes", c_int64),
+        ("basis_stride", c_int64),
+    )
+
+
 class _RebuildArgs(Structure):
     _fields_ = (
         ("basis", c_void_p),
@@ -78,6 +91,7 @@ class _RebuildArgs(Structure):
         ("planes", c_int64),
         ("rotary_planes", c_int64),
         ("positions", c_int64),
+        ("absorb", c_void_p),
     )
 
 
@@ -122,6 +136,8 @@ class CpuKernels:
             KernelError: it cannot be built or loaded here.
         """
         self.isa = isa or build.chosen_isa()
+        # `Bfloat16::Rebuilt` in element.h.
+        self._rebuilds_pairs = self.isa == "avx512bf16" or REBUILD_PAIRS_FLAG in extra_flags
         path = build.compiled(self.isa, extra_flags)
         try:
             self._library = ctypes.CDLL(str(path))
@@ -157,13 +173,15 @@ class CpuKernels:
         args.threads = torch.get_num_threads()
         _raise_if(self._library.eigen_write_cache(ctypes.byref(args)))
 
-    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> object:
+    def prepare(self, rebuild: Rebuild, dtype: torch.dtype, num_heads: int) -> object:
         """See `interface.Kernels.prepare`."""
-        return pack(rebuild, self._pairs(dtype))
+        return self._pack(rebuild, dtype, dtype, num_heads)
 
-    def _pairs(self, dtype: torch.dtype) -> bool:
-        """Whether latents of `dtype` are rebuilt in bfloat16 pairs (`Rebuilt` in element.h)."""
-        return dtype == torch.bfloat16 and self.isa == "avx512bf16"
+    def _pack(
+        self, rebuild: Rebuild, dtype: torch.dtype, cache_dtype: torch.dtype, num_heads: int
+    ) -> PackedRebuild:
+        pairs = cache_dtype == torch.bfloat16 and self._rebuilds_pairs
+        return pack(rebuild, Reader(pairs, dtype, num_heads // rebuild.key_basis.shape[0]))
 
     def attend(
         self,
@@ -202,7 +220,7 @@ class CpuKernels:
         if options.alibi_slopes is not None:
             args.alibi_slopes = options.alibi_slopes.data_ptr()
         if rebuild is not None:
-            packed = pack(rebuild, self._pairs(kv_cache.dtype))
+            packed = self._pack(rebuild, query.dtype, kv_cache.dtype, query.shape[1])
             args.rebuild = ctypes.addressof(_rebuild_args(packed))
         args.threads = torch.get_num_threads()
         _raise_if(self._library.eigen_attend(ctypes.byref(args)))
@@ -352,13 +370,16 @@ def _cache(kv_cache: _Layout, rank_k: int, rank_v: int, k_scale: float, v_scale:
     )
 
 
-_rebuilds: weakref.WeakKeyDictionary[PackedRebuild, _RebuildArgs] = weakref.WeakKeyDictionary()
+# The structures that point into a packed object, kept as long as it lives.
+_rebuilds: weakref.WeakKeyDictionary[PackedRebuild, tuple[_RebuildArgs, _AbsorbArgs | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _rebuild_args(packed: PackedRebuild) -> _RebuildArgs:
-    """The structure that points into `packed`, kept as long as it lives."""
     if packed not in _rebuilds:
-        _rebuilds[packed] = _RebuildArgs(
+        absorb = None if packed.absorbed is None else _absorb_args(packed.absorbed)
+        rebuild = _RebuildArgs(
             packed.basis.data_ptr(),
             packed.offset.data_ptr() if packed.offset is not None else None,
             packed.order.data_ptr(),
@@ -367,8 +388,23 @@ def _rebuild_args(packed: PackedRebuild) -> _RebuildArgs:
             packed.basis.shape[1] // 2,
             packed.rotary_planes,
             packed.positions,
+            None if absorb is None else ctypes.addressof(absorb),
         )
-    return _rebuilds[packed]
+        _rebuilds[packed] = rebuild, absorb
+    return _rebuilds[packed][0]
+
+
+def _absorb_args(absorbed: Absorbed) -> _AbsorbArgs:
+    waves = absorbed.waves
+    return _AbsorbArgs(
+        absorbed.basis.data_ptr(),
+        absorbed.offset.data_ptr() if absorbed.offset is not None else None,
+        waves.waves.data_ptr(),
+        waves.blend.data_ptr(),
+        waves.waves.shape[0],
+        waves.direct_planes,
+        absorbed.basis.shape[2],
+    )
 
 
 def _type(dtype: torch.dtype, name: str) -> int:

@@ -17,8 +17,9 @@ struct Float32;
 struct Bfloat16 {
   using Storage = uint16_t;
   using Unit = I;
-  // What latents are rebuilt in and keys kept as: pairs pay only where the machine multiplies them.
-#if defined(__AVX512BF16__)
+  // What latents are rebuilt in and keys kept as: pairs pay only where the machine multiplies them
+  // (EIGEN_REBUILD_PAIRS is for tests on other machines).
+#if defined(__AVX512BF16__) || defined(EIGEN_REBUILD_PAIRS)
   using Rebuilt = Bfloat16;
 #else
   using Rebuilt = Float32;
@@ -134,6 +135,17 @@ struct Fp8 : Widened<uint8_t> {
     store(p, __builtin_convertvector(code, B));
   }
 };
+
+// n numbers as the 32-bit units that meet a cache of E.
+template <class E>
+EIGEN_INLINE void put_query(F x, uint32_t* to, int n) {
+  if constexpr (E::pack == 2) {
+    const H h = bf16_of_float(x);
+    std::memcpy(to, &h, 2 * n);
+  } else {
+    std::memcpy(to, &x, 4 * n);
+  }
+}
 
 // W numbers of a run-time type (queries, new keys, outputs), n of them present.
 EIGEN_INLINE F widen_first(Type type, const void* base, int64_t at, int n) {

@@ -138,7 +138,7 @@ class GpuKernels:
             block_rank=block_rank,
         )
 
-    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> PackedRebuild:
+    def prepare(self, rebuild: Rebuild, dtype: torch.dtype, num_heads: int) -> PackedRebuild:
         """Pack `rebuild` for queries of `dtype`, once; `attend` does so at its first call.
 
         It waits for the device, so it must have happened before a CUDA graph is captured: raises
@@ -195,7 +195,7 @@ class GpuKernels:
             seen = min(longest, options.sliding_window + max_decode + split_size)
         num_splits = triton.cdiv(seen, split_size)
 
-        packed = None if rebuild is None else self.prepare(rebuild, query.dtype)
+        packed = None if rebuild is None else self.prepare(rebuild, query.dtype, query.shape[1])
         is_fp8 = pages.dtype in FP8_DTYPES
         k_head, k_tail = rank_chunks(shape.rank_k)
         v_head, v_tail = rank_chunks(shape.rank_v)

@@ -83,8 +83,8 @@ class Kernels(Protocol):
 
     name: str
 
-    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> object:
-        """Bring `rebuild` into the kernels' own order for queries of `dtype`, once.
+    def prepare(self, rebuild: Rebuild, dtype: torch.dtype, num_heads: int) -> object:
+        """Bring `rebuild` into the kernels' own order for `num_heads` query heads of `dtype`, once.
 
         `attend` does so at its first call; calling this before keeps that out of a captured graph.
         """

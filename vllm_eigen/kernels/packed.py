@@ -13,11 +13,27 @@ import torch
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .absorb import Waves, find_waves, tolerance, turning_speeds
 from .interface import Rebuild
 
 TABLE_TOKENS = 16  # kTableTokens in rebuild.h
 
+ROW_MULTIPLE = 16  # of the numbers in a row of Absorbed.basis
+
 _tables = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Absorbed:
+    """Tensors that AbsorbArgs (args.h) points into.
+
+    basis: float32 `[num_heads, 2 * slow planes, rank_k rounded up]`; x of all planes, then y.
+    offset: float32 `[num_heads, 2 * slow planes]`, or None.
+    """
+
+    waves: Waves
+    basis: torch.Tensor
+    offset: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +44,7 @@ class PackedRebuild:
     offset: float32 `[num_heads, 2 * planes]`, or None.
     order: int32 `[2 * planes]`, the head dimension of each row, -1 where a plane is padded.
     table: float32 `[positions / 16, rotary_planes, 2, 16]`, cosines then sines of 16 positions.
+    absorbed: how a single query does without rebuilding its slow planes; None if it cannot.
     """
 
     basis: torch.Tensor
@@ -36,29 +53,49 @@ class PackedRebuild:
     table: torch.Tensor
     rotary_planes: int
     positions: int
+    absorbed: Absorbed | None
 
 
-_packed: weakref.WeakKeyDictionary[Rebuild, dict[bool, PackedRebuild]] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class Reader:
+    """What a packed `Rebuild` depends on besides itself.
+
+    pairs: the cache is read in bfloat16 pairs, otherwise in floats.
+    dtype: of the queries. queries_per_head: query heads that share a rebuilt one.
+    """
+
+    pairs: bool
+    dtype: torch.dtype
+    queries_per_head: int
 
 
-def pack(rebuild: Rebuild, pairs: bool) -> PackedRebuild:
-    """`rebuild` for a cache read in bfloat16 pairs, or in floats."""
-    by_kind = _packed.setdefault(rebuild, {})
-    if pairs not in by_kind:
-        by_kind[pairs] = _pack(rebuild, pairs)
-    return by_kind[pairs]
+_packed: weakref.WeakKeyDictionary[Rebuild, dict[Reader, PackedRebuild]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def _pack(rebuild: Rebuild, pairs: bool) -> PackedRebuild:
+def pack(rebuild: Rebuild, reader: Reader) -> PackedRebuild:
+    """`rebuild` in kernel order, made once."""
+    by_reader = _packed.setdefault(rebuild, {})
+    if reader not in by_reader:
+        by_reader[reader] = _pack(rebuild, reader)
+    return by_reader[reader]
+
+
+def _pack(rebuild: Rebuild, reader: Reader) -> PackedRebuild:
     head_size = rebuild.key_basis.shape[2]
     order = plane_order(head_size, rebuild.rotary_dim, rebuild.is_neox_style)
     chosen, present = order.clamp_min(0), (order >= 0)
     basis = rebuild.key_basis.float().transpose(1, 2)[:, chosen] * present[:, None]
-    if pairs:
-        basis = functional.pad(basis, (0, basis.shape[2] % 2)).bfloat16()
     offset = rebuild.key_offset
     if offset is not None:
         offset = (offset.float()[:, chosen] * present).contiguous()
+    speeds = turning_speeds(rebuild.cos_sin)
+    still = (0.0,) * (order.shape[0] // 2 - len(speeds))
+    waves = find_waves(speeds + still, reader.queries_per_head, tolerance(reader.dtype))
+    absorbed = None if waves is None else _absorb(waves, basis, offset)
+    if reader.pairs:
+        basis = functional.pad(basis, (0, basis.shape[2] % 2)).bfloat16()
     return PackedRebuild(
         basis=basis.contiguous(),
         offset=offset,
@@ -66,6 +103,18 @@ def _pack(rebuild: Rebuild, pairs: bool) -> PackedRebuild:
         table=_table(rebuild.cos_sin),
         rotary_planes=rebuild.rotary_dim // 2,
         positions=rebuild.cos_sin.shape[0],
+        absorbed=absorbed,
+    )
+
+
+def _absorb(waves: Waves, basis: torch.Tensor, offset: torch.Tensor | None) -> Absorbed:
+    """Slow planes of `basis [num_heads, 2 * planes, rank_k]` and offset, x before y."""
+    slow = basis[:, 2 * waves.direct_planes :].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    if offset is not None:
+        offset = offset[:, 2 * waves.direct_planes :].unflatten(1, (-1, 2)).transpose(1, 2)
+        offset = offset.flatten(1).contiguous()
+    return Absorbed(
+        waves, functional.pad(slow, (0, -slow.shape[2] % ROW_MULTIPLE)).contiguous(), offset
     )
 
 

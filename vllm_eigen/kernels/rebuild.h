@@ -49,6 +49,13 @@ EIGEN_INLINE KeyRun<typename E::Rebuilt> staged(const KeyRun<E>& latents, int to
   }
 }
 
+// The cosine of a plane at `position`; those of later positions follow, up to a multiple of
+// kTableTokens, sines kTableTokens behind.
+EIGEN_INLINE const float* table_at(const RebuildArgs& a, int64_t position, int64_t plane) {
+  return a.cos_sin + position % kTableTokens
+         + (position / kTableTokens * a.rotary_planes + plane) * 2 * kTableTokens;
+}
+
 // Rows [plane, plane + P) of one head for NV vectors of tokens.
 template <class K, int P, int NV>
 EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, const float* offset,
@@ -74,10 +81,7 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
       const F y = fma(c[2 * p + 1][v], splat(k_scale), splat(y_offset));
       F turned_x = x, turned_y = y;
       if (plane + p < a.rotary_planes) {
-        const int64_t at = position + v * W;
-        const float* table = a.cos_sin + at % kTableTokens
-                             + (at / kTableTokens * a.rotary_planes + plane + p) * 2
-                                   * kTableTokens;
+        const float* table = table_at(a, position + v * W, plane + p);
         const F cos = load<F>(table), sin = load<F>(table + kTableTokens);
         turned_x = fma(x, cos, -(y * sin));
         turned_y = fma(y, cos, x * sin);
@@ -87,21 +91,23 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
   }
 }
 
-// Keys of rebuilt head `head` from `latents`, the first of which sits at `position` in its
-// sequence, into `keys` (rows of row_stride). `panel`: scratch of [rank_k][kPanelTokens].
-template <class E>
-void rebuild_keys(const RebuildArgs& a, int head, float k_scale, const KeyRun<E>& latents,
-                  int64_t position, typename E::Rebuilt::Storage* keys, int64_t row_stride,
-                  float* panel) {
+// The first `planes` planes of the keys of rebuilt head `head` from `latents`, the first of which
+// sits at `position` in its sequence, into `keys` (rows of row_stride). `panel`: scratch of
+// [rank_k][kPanelTokens]. also(run, t) may use the latents of each panel, the first of which is
+// token t, while they are at hand.
+template <class E, class Fn>
+void rebuild_keys(const RebuildArgs& a, int head, int planes, float k_scale,
+                  const KeyRun<E>& latents, int64_t position,
+                  typename E::Rebuilt::Storage* keys, int64_t row_stride, float* panel,
+                  Fn&& also) {
   using K = typename E::Rebuilt;
   constexpr int most_vectors = kPanelTokens / W, most_planes = kAccumulators / most_vectors / 2;
-  const int planes = static_cast<int>(a.planes);
   const auto block = [&](auto vectors, int t) {
     constexpr int NV = decltype(vectors)::value;
     const KeyRun<K> run = staged<E, NV>(latents, t, panel);
     const int units = run.units + (run.single != nullptr);
-    const uint32_t* basis = a.basis + static_cast<int64_t>(head) * 2 * planes * units;
-    const float* offset = a.offset ? a.offset + static_cast<int64_t>(head) * 2 * planes : nullptr;
+    const uint32_t* basis = a.basis + head * 2 * a.planes * units;
+    const float* offset = a.offset ? a.offset + head * 2 * a.planes : nullptr;
     auto* out = keys + static_cast<int64_t>(t) * K::pack;
     const auto some = [&](auto count, int plane) {
       rebuild_planes<K, decltype(count)::value, NV>(a, basis, offset, k_scale, run, position + t,
@@ -111,6 +117,7 @@ void rebuild_keys(const RebuildArgs& a, int head, float k_scale, const KeyRun<E>
     for (; plane + most_planes <= planes; plane += most_planes) some(Const<most_planes>{}, plane);
     if (plane < planes)
       with_rows<most_planes, 1>(planes - plane, [&](auto count) { some(count, plane); });
+    also(run, t);
   };
   int t = 0;
   for (; t + kPanelTokens <= latents.tokens; t += kPanelTokens) block(Const<most_vectors>{}, t);

@@ -17,7 +17,7 @@ class ReferenceKernels:
 
     name = "reference"
 
-    def prepare(self, rebuild: Rebuild, dtype: torch.dtype) -> None:
+    def prepare(self, rebuild: Rebuild, dtype: torch.dtype, num_heads: int) -> None:
         """Nothing to do: keys are rebuilt from the tensors as they are."""
 
     def write_cache(
