@@ -9,8 +9,8 @@
 
 namespace eigen {
 
-// A thread's memory for a chunk; `queries`, `products` (rows of kChunk) and `constant` are for each
-// query row and wave.
+// A thread's memory for a chunk. Absorbed queries are counted wave by wave, then row by row, so that
+// the first waves of all rows lie together; `products` has rows of kChunk.
 struct AbsorbRoom {
   float *turned, *blended, *latent, *constant, *products;
   uint32_t* queries;
@@ -29,32 +29,26 @@ EIGEN_INLINE void plane_of(const uint32_t* query, int64_t plane, float* x, float
   }
 }
 
-// The slow planes of a query turned back to position `start`, then weighted for each wave:
-// blended[wave][x of every plane, y of every plane].
+// The slow planes of a query turned back to position `start`: turned[plane][x, y].
 template <class K>
-void blend_query(const RebuildArgs& r, int64_t start, const uint32_t* query,
-                 float* __restrict turned, float* __restrict blended) {
-  const AbsorbArgs& a = *r.absorb;
-  const int direct = static_cast<int>(a.direct_planes);
-  const int slow = static_cast<int>(r.planes) - direct;
-  for (int j = 0; j < slow; ++j) {
-    float x, y, cos = 1.0f, sin = 0.0f;
-    plane_of<K>(query, direct + j, &x, &y);
-    if (direct + j < r.rotary_planes) {
-      cos = table_at(r, start, direct + j)[0];
-      sin = table_at(r, start, direct + j)[kTableTokens];
-    }
-    turned[j] = x * cos + y * sin;
-    turned[slow + j] = y * cos - x * sin;
+void turn_back(const RebuildArgs& r, int64_t start, const uint32_t* query, float* turned) {
+  for (int64_t plane = r.absorb->direct_planes; plane < r.planes; ++plane, turned += 2) {
+    float x, y;
+    plane_of<K>(query, plane, &x, &y);
+    const bool turns = plane < r.rotary_planes;
+    const float* table = table_at(r, start, turns ? plane : 0);
+    const float cos = turns ? table[0] : 1.0f, sin = turns ? table[kTableTokens] : 0.0f;
+    turned[0] = x * cos + y * sin;
+    turned[1] = y * cos - x * sin;
   }
-  for (int64_t m = 0; m < a.num_waves; ++m) {
-    const float* __restrict cos = a.blend + m * 2 * slow;
-    const float* __restrict sin = cos + slow;
-    float* __restrict out = blended + m * 2 * slow;
-    for (int j = 0; j < slow; ++j) {
-      out[j] = turned[j] * cos[j] + turned[slow + j] * sin[j];
-      out[slow + j] = turned[slow + j] * cos[j] - turned[j] * sin[j];
-    }
+}
+
+// One query's planes of a band weighted for one wave: blended[plane][x, y].
+inline void blend_planes(const float* __restrict turned, const float* __restrict cos,
+                         const float* __restrict sin, int planes, float* __restrict blended) {
+  for (int j = 0; j < planes; ++j) {
+    blended[2 * j] = turned[2 * j] * cos[j] + turned[2 * j + 1] * sin[j];
+    blended[2 * j + 1] = turned[2 * j + 1] * cos[j] - turned[2 * j] * sin[j];
   }
 }
 
@@ -65,23 +59,32 @@ void absorb_queries(const RebuildArgs& r, int head, float k_scale, int rank_k, i
                     const uint32_t* queries, int64_t query_stride, int rows,
                     const AbsorbRoom& room) {
   const AbsorbArgs& a = *r.absorb;
-  const int width = 2 * static_cast<int>(r.planes - a.direct_planes);
-  const int waves = static_cast<int>(a.num_waves), count = rows * waves;
-  for (int i = 0; i < rows; ++i)
-    blend_query<K>(r, start, queries + i * query_stride, room.turned,
-                   room.blended + static_cast<int64_t>(i) * waves * width);
-  for (int i = 0; i < count; ++i) {
-    float sum = 0.0f;
-    if (a.offset)
-      for (int d = 0; d < width; ++d)
-        sum += room.blended[static_cast<int64_t>(i) * width + d] * a.offset[head * width + d];
-    room.constant[i] = sum;
-  }
+  const int64_t slow = 2 * (r.planes - a.direct_planes);
+  const int count = rows * static_cast<int>(a.num_waves);
   const int padded = (rank_k + W - 1) / W * W;
+  for (int i = 0; i < rows; ++i)
+    turn_back<K>(r, start, queries + i * query_stride, room.turned + i * slow);
   std::fill_n(room.latent, static_cast<size_t>(count) * padded, 0.0f);
-  add_values<Float32>(reinterpret_cast<const uint32_t*>(room.blended), width, count,
-                      a.basis + static_cast<int64_t>(head) * width * a.basis_stride,
-                      a.basis_stride, width, rank_k, room.latent, padded);
+  std::fill_n(room.constant, count, 0.0f);
+  const float* blend = a.blend;
+  int64_t first = 0;  // dimension of the slow planes
+  for (int64_t b = 0; b < a.num_bands; ++b) {
+    const int planes = static_cast<int>(a.bands[2 * b]), width = 2 * planes;
+    const int used = rows * static_cast<int>(a.bands[2 * b + 1]);
+    for (int i = 0; i < used; ++i) {
+      const float* cos = blend + i / rows * width;
+      float* out = room.blended + static_cast<int64_t>(i) * width;
+      blend_planes(room.turned + i % rows * slow + first, cos, cos + planes, planes, out);
+      if (!r.offset) continue;
+      const float* offset = r.offset + head * 2 * r.planes + 2 * a.direct_planes + first;
+      for (int d = 0; d < width; ++d) room.constant[i] += out[d] * offset[d];
+    }
+    add_values<Float32>(reinterpret_cast<const uint32_t*>(room.blended), width, used,
+                        a.basis + (head * slow + first) * a.basis_stride, a.basis_stride, width,
+                        rank_k, room.latent, padded);
+    blend += a.bands[2 * b + 1] * width;
+    first += width;
+  }
   const int units = (rank_k + K::pack - 1) / K::pack;
   for (int i = 0; i < count; ++i) {
     uint32_t* to = room.queries + static_cast<int64_t>(i) * units;
@@ -92,18 +95,18 @@ void absorb_queries(const RebuildArgs& r, int head, float k_scale, int rank_k, i
   }
 }
 
-// scores[row][t] += sum over waves of wave[t] * products[row, wave][t], for tokens [begin, end) of
-// the chunk.
-inline void add_waves(const AbsorbArgs& a, int row, int rows, int begin, int end,
+// scores[i][t] += sum over waves of wave[t] * products[wave, row + i][t], for tokens [begin, end) of
+// the chunk and `rows` of `all_rows`.
+inline void add_waves(const AbsorbArgs& a, int all_rows, int row, int rows, int begin, int end,
                       const AbsorbRoom& room, float* scores) {
   for (int i = 0; i < rows; ++i) {
-    const int64_t first = (row + i) * a.num_waves;
     for (int t = begin; t < end; t += W) {
       F sum = load<F>(scores + i * kChunk + t);
-      for (int64_t m = 0; m < a.num_waves; ++m)
+      for (int64_t m = 0; m < a.num_waves; ++m) {
+        const int64_t at = m * all_rows + row + i;
         sum = fma(load<F>(a.waves + m * kChunk + t),
-                  load<F>(room.products + (first + m) * kChunk + t) + room.constant[first + m],
-                  sum);
+                  load<F>(room.products + at * kChunk + t) + room.constant[at], sum);
+      }
       store(scores + i * kChunk + t, sum);
     }
   }

@@ -14,7 +14,9 @@ query head this takes 0.35 to 0.45 of the multiplications of a rebuilt key of 12
 queries share a rebuilt key but not a folded query: for them rebuilding is cheaper.
 
 The functions {cos, sin} of frequencies up to B have about CHUNK * B / pi degrees of freedom
-(Slepian and Pollak 1961); the singular value decomposition finds them. `absorb.h` uses them.
+(Slepian and Pollak 1961); the singular value decomposition finds them. Slower planes need fewer: the
+waves are found band by band from the slowest on, and a band uses the first few. `absorb.h` is the
+other half.
 """
 
 from __future__ import annotations
@@ -26,22 +28,50 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 CHUNK = 256  # kChunk in chunk.h
+BANDS = 3
+DIRECT_STEP = 3  # planes that rebuild.h multiplies at once
 # Absorbing must save this much, since it has more steps than rebuilding.
-LARGEST_SHARE = 0.9
+LARGEST_SHARE = 0.85
+# Folding a chunk's queries, relative to other products: the last chunk is half full on average,
+# and small matrices run slower.
+FOLDING_WEIGHT = 1.5
 
 _turning_speeds = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Band:
+    """Planes that use the first waves. blend: float32 `[num_waves of the band, 2, planes]`."""
+
+    blend: torch.Tensor
+
+    @property
+    def num_waves(self) -> int:
+        """How many of the first waves it uses."""
+        return self.blend.shape[0]
+
+    @property
+    def planes(self) -> int:
+        """How many planes it has."""
+        return self.blend.shape[2]
 
 
 @dataclass(frozen=True, eq=False)
 class Waves:
     """Planes from `direct_planes` on are absorbed, those before it rebuilt.
 
-    waves: float32 `[num_waves, CHUNK]`. blend: float32 `[num_waves, 2, planes - direct_planes]`.
+    waves: float32 `[num_waves, CHUNK]`. bands: in the order of planes.
     """
 
     direct_planes: int
     waves: torch.Tensor
-    blend: torch.Tensor
+    bands: tuple[Band, ...]
+
+    def cost(self, queries_per_head: int) -> float:
+        """Multiplications a cached token, in units of rank_k."""
+        folding = sum(2 * band.planes * band.num_waves for band in self.bands) / CHUNK
+        each = self.waves.shape[0] + FOLDING_WEIGHT * folding
+        return 2 * self.direct_planes + queries_per_head * each
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -67,7 +97,8 @@ def find_waves(
     planes = len(speeds)
     uneven = [plane for plane, speed in enumerate(speeds) if speed is None]
     cheapest, found = LARGEST_SHARE * (2 * planes + queries_per_head), None
-    for direct in range(max(uneven, default=-1) + 1, planes):
+    first = -(-(max(uneven, default=-1) + 1) // DIRECT_STEP) * DIRECT_STEP
+    for direct in range(first, planes, DIRECT_STEP):
         if 2 * direct >= cheapest:
             break
         slow = torch.tensor([speed for speed in speeds[direct:] if speed is not None])
@@ -75,9 +106,7 @@ def find_waves(
         waves = _span(direct, slow, most, largest_error)
         if waves is None:
             continue
-        # Multiplications a token, in units of rank_k: planes rebuilt, scores, absorbing a chunk.
-        absorbing = 2 * (planes - direct) / CHUNK
-        cost = 2 * direct + queries_per_head * waves.waves.shape[0] * (1 + absorbing)
+        cost = waves.cost(queries_per_head)
         if cost < cheapest:
             cheapest, found = cost, waves
     return found
@@ -85,21 +114,24 @@ def find_waves(
 
 def _span(direct: int, slow: torch.Tensor, most: int, largest_error: float) -> Waves | None:
     """The fewest functions that span cosines and sines of `slow`, None if more than `most`."""
-    angles = torch.arange(CHUNK, dtype=torch.float64)[:, None] * slow.double()
-    wanted = torch.cat([angles.cos(), angles.sin()], dim=1)
-    left, sizes, right = torch.linalg.svd(wanted, full_matrices=False)
-    # Waves of size about one, so that blends fall with the singular values.
-    waves, blend = left * CHUNK**0.5, (sizes / CHUNK**0.5)[:, None] * right
-    missing = wanted
-    for count in range(1, min(most, sizes.shape[0]) + 1):
-        missing = missing - torch.outer(waves[:, count - 1], blend[count - 1])
-        if float(missing.abs().max()) <= largest_error:
-            return Waves(
-                direct,
-                waves[:, :count].t().float().contiguous(),
-                blend[:count].float().view(count, 2, -1).contiguous(),
-            )
-    return None
+    token = torch.arange(CHUNK, dtype=torch.float64)[:, None]
+    waves = torch.zeros(CHUNK, 0, dtype=torch.float64)
+    bands: list[Band] = []
+    for part in reversed(slow.double().chunk(BANDS)):
+        wanted = torch.cat([(token * part).cos(), (token * part).sin()], dim=1)
+        missing = wanted - waves @ (waves.t() @ wanted)
+        new, sizes, shares = torch.linalg.svd(missing, full_matrices=False)
+        count = 0
+        while float(missing.abs().max()) > largest_error:
+            missing = missing - sizes[count] * torch.outer(new[:, count], shares[count])
+            count += 1
+            if waves.shape[1] + count > min(most, CHUNK):
+                return None
+        waves = torch.cat([waves, new[:, :count]], dim=1)
+        # Waves of size about one, so that blends fall with the singular values.
+        blend = (waves.t() @ wanted) / CHUNK**0.5
+        bands.insert(0, Band(blend.float().view(waves.shape[1], 2, -1).contiguous()))
+    return Waves(direct, (waves.t() * CHUNK**0.5).float().contiguous(), tuple(bands))
 
 
 def turning_speeds(cos_sin: torch.Tensor) -> tuple[float | None, ...]:

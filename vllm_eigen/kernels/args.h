@@ -21,14 +21,14 @@ struct WriteArgs {
   int64_t num_tokens, threads;
 };
 
-// Planes that are not rebuilt for a single query, see absorb.py. Slow planes are those from
-// `direct_planes` on; of each row, x of all slow planes comes first, then y.
+// Planes that are not rebuilt for a single query, see absorb.py: those from `direct_planes` on, in
+// bands that use the first few waves.
 struct AbsorbArgs {
-  const float* basis;   // [num_heads][2 * slow planes][basis_stride], rank_k of them filled
-  const float* offset;  // [num_heads][2 * slow planes] or null
-  const float* waves;   // [num_waves][tokens of a chunk]
-  const float* blend;   // [num_waves][share in cosine, share in sine][slow planes]
-  int64_t num_waves, direct_planes, basis_stride;
+  const float* basis;    // [num_heads][2 * slow planes][basis_stride], rank_k of them filled
+  const float* waves;    // [num_waves][tokens of a chunk]
+  const float* blend;    // of each band [waves][share in cosine, share in sine][planes]
+  const int64_t* bands;  // [num_bands][planes, waves]
+  int64_t num_bands, num_waves, direct_planes, basis_stride;
 };
 
 // Rebuilt keys. A plane is two dimensions that rotate together; planes past `rotary_planes` do

@@ -114,6 +114,10 @@ class Attention {
         for (int r = 0; r < rows; r += most_rows)
           items_.push_back({s, h, r, std::min(most_rows, rows - r), 0, last, -1});
     }
+    // One basis after the other: each is read from memory once, not once for every sequence.
+    if (a_.rebuild)
+      std::stable_sort(items_.begin(), items_.end(),
+                       [](const Item& one, const Item& other) { return one.head < other.head; });
   }
 
   int chunks(int seq) const { return (a_.seq_lens[seq] + kChunk - 1) / kChunk; }
@@ -139,7 +143,7 @@ class Attention {
       const size_t tile_values = kTileRows * static_cast<size_t>(o_.padded_) * 4;
       const size_t edge = (o_.layout_.rank_v * 4 + 127) / 64 * 64;
       const size_t states = (rows + kTileRows) * sizeof(RowState);
-      const size_t absorbing = 4 * (absorbed * (kChunk + slow + 2 * rank_k + 1) + slow);
+      const size_t absorbing = 4 * (absorbed * (kChunk + slow + 2 * rank_k + 1) + o_.group_ * slow);
       char* at = static_cast<char*>(scratch.take(2 * tile + values + queries + keys + panel
                                                  + tile_values + edge + states + absorbing));
       const auto next = [&at](size_t bytes) {
@@ -162,7 +166,7 @@ class Attention {
       absorb_.latent = floats(absorbed * rank_k);
       absorb_.queries = reinterpret_cast<uint32_t*>(floats(absorbed * rank_k));
       absorb_.blended = floats(absorbed * slow);
-      absorb_.turned = floats(slow);
+      absorb_.turned = floats(o_.group_ * slow);
       absorb_.constant = floats(absorbed);
     }
 
@@ -283,6 +287,12 @@ class Attention {
               l.key_stride(), l.full_units(), tokens};
     }
 
+    Values value_run(const Storage* page, int inside) const {
+      const Page<E>& l = o_.layout_;
+      return {reinterpret_cast<const char*>(l.values(page, inside)),
+              static_cast<int64_t>(l.rank_v * sizeof(Storage))};
+    }
+
     // Whether only fast planes are rebuilt: they are for the only query token of a step.
     bool absorbs(const Item& item) const {
       return o_.a_.rebuild->absorb && o_.tokens_of(item.seq) == 1;
@@ -307,6 +317,7 @@ class Attention {
                   rebuild_keys<E>(r, item.head, planes_rebuilt(item), k_scale,
                                   key_run(page, inside, end - begin), chunk * kChunk + begin,
                                   keys_ + begin * Keys::pack, kChunk * Keys::pack, panel_,
+                                  value_run(page, inside),
                                   [&](const KeyRun<Keys>& latents, int t) {
                                     if (absorbed == 0) return;
                                     const int units = latents.units + (latents.single != nullptr);
@@ -330,7 +341,8 @@ class Attention {
         const KeyRun<Keys> run{keys_ + begin * Keys::pack, nullptr, kChunk * Keys::pack,
                                2 * planes_rebuilt(item) / Keys::pack, end - begin};
         score_run<Keys>(queries, o_.query_units_, rows, run, scores_ + begin);
-        if (absorbs(item)) add_waves(*o_.a_.rebuild->absorb, row, rows, begin, end, absorb_, scores_);
+        if (absorbs(item))
+          add_waves(*o_.a_.rebuild->absorb, item.rows, row, rows, begin, end, absorb_, scores_);
       } else {
         each_page(item, chunk, begin, end, [&](const Storage* page, int inside, int from, int to) {
           score_run<E>(queries, o_.query_units_, rows, key_run(page, inside, to - from),

@@ -72,9 +72,10 @@ class _WriteArgs(Structure):
 class _AbsorbArgs(Structure):
     _fields_ = (
         ("basis", c_void_p),
-        ("offset", c_void_p),
         ("waves", c_void_p),
         ("blend", c_void_p),
+        ("bands", c_void_p),
+        ("num_bands", c_int64),
         ("num_waves", c_int64),
         ("direct_planes", c_int64),
         ("basis_stride", c_int64),
@@ -398,9 +399,10 @@ def _absorb_args(absorbed: Absorbed) -> _AbsorbArgs:
     waves = absorbed.waves
     return _AbsorbArgs(
         absorbed.basis.data_ptr(),
-        absorbed.offset.data_ptr() if absorbed.offset is not None else None,
         waves.waves.data_ptr(),
-        waves.blend.data_ptr(),
+        absorbed.blend.data_ptr(),
+        absorbed.bands.data_ptr(),
+        absorbed.bands.shape[0],
         waves.waves.shape[0],
         waves.direct_planes,
         absorbed.basis.shape[2],

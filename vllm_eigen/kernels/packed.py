@@ -27,13 +27,15 @@ _tables = WeakIdKeyDictionary()
 class Absorbed:
     """Tensors that AbsorbArgs (args.h) points into.
 
-    basis: float32 `[num_heads, 2 * slow planes, rank_k rounded up]`; x of all planes, then y.
-    offset: float32 `[num_heads, 2 * slow planes]`, or None.
+    basis: float32 `[num_heads, 2 * slow planes, rank_k rounded up]`.
+    blend: float32, of all bands one after the other.
+    bands: int64 `[num_bands, 2]`, planes and waves of each.
     """
 
     waves: Waves
     basis: torch.Tensor
-    offset: torch.Tensor | None
+    blend: torch.Tensor
+    bands: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,7 @@ def _pack(rebuild: Rebuild, reader: Reader) -> PackedRebuild:
     speeds = turning_speeds(rebuild.cos_sin)
     still = (0.0,) * (order.shape[0] // 2 - len(speeds))
     waves = find_waves(speeds + still, reader.queries_per_head, tolerance(reader.dtype))
-    absorbed = None if waves is None else _absorb(waves, basis, offset)
+    absorbed = None if waves is None else _absorb(waves, basis)
     if reader.pairs:
         basis = functional.pad(basis, (0, basis.shape[2] % 2)).bfloat16()
     return PackedRebuild(
@@ -107,14 +109,14 @@ def _pack(rebuild: Rebuild, reader: Reader) -> PackedRebuild:
     )
 
 
-def _absorb(waves: Waves, basis: torch.Tensor, offset: torch.Tensor | None) -> Absorbed:
-    """Slow planes of `basis [num_heads, 2 * planes, rank_k]` and offset, x before y."""
-    slow = basis[:, 2 * waves.direct_planes :].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
-    if offset is not None:
-        offset = offset[:, 2 * waves.direct_planes :].unflatten(1, (-1, 2)).transpose(1, 2)
-        offset = offset.flatten(1).contiguous()
+def _absorb(waves: Waves, basis: torch.Tensor) -> Absorbed:
+    """The slow planes of `basis [num_heads, 2 * planes, rank_k]`."""
+    slow = basis[:, 2 * waves.direct_planes :]
     return Absorbed(
-        waves, functional.pad(slow, (0, -slow.shape[2] % ROW_MULTIPLE)).contiguous(), offset
+        waves,
+        functional.pad(slow, (0, -slow.shape[2] % ROW_MULTIPLE)).contiguous(),
+        torch.cat([band.blend.flatten() for band in waves.bands]),
+        torch.tensor([(band.planes, band.num_waves) for band in waves.bands]),
     )
 
 

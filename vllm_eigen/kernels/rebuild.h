@@ -14,6 +14,12 @@ namespace eigen {
 constexpr int kTableTokens = 16;  // tokens side by side in the table of cosines
 constexpr int kPanelTokens = W == 16 ? 64 : 16;  // tokens whose latents are multiplied at once
 
+// Where the values of consecutive tokens lie.
+struct Values {
+  const char* first;
+  int64_t token_bytes;
+};
+
 // The latents of NV vectors of tokens as the product reads them. Numbers that are not multiplied
 // as they are stored become floats in `panel` ([rank_k][NV * W]), once instead of once for every
 // few planes; there they also lie side by side, where rows of a page fall into few sets of L1.
@@ -91,6 +97,32 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
   }
 }
 
+// Memory that is read soon is fetched a part, [from, to) of `of`, at a time, while products keep the
+// machine busy: waiting for it would cost about as much as they do.
+struct Part {
+  int from, to, of;
+};
+
+inline void fetch(const void* memory, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end; at += 64)
+    __builtin_prefetch(static_cast<const char*>(memory) + at);
+}
+
+template <class E>
+void fetch_latents(const KeyRun<E>& latents, int token, int tokens, Part part) {
+  if (token >= latents.tokens) return;
+  const auto* first = latents.first + static_cast<int64_t>(token) * E::pack;
+  const int64_t bytes = tokens * E::pack * static_cast<int64_t>(sizeof *first);
+  for (int u = latents.units * part.from / part.of; u < latents.units * part.to / part.of; ++u)
+    fetch(first + u * latents.stride, 0, bytes);
+}
+
+inline void fetch_values(const Values& values, int token, int tokens, Part part) {
+  const int64_t bytes = tokens * values.token_bytes;
+  fetch(values.first + token * values.token_bytes, bytes * part.from / part.of,
+        bytes * part.to / part.of);
+}
+
 // The first `planes` planes of the keys of rebuilt head `head` from `latents`, the first of which
 // sits at `position` in its sequence, into `keys` (rows of row_stride). `panel`: scratch of
 // [rank_k][kPanelTokens]. also(run, t) may use the latents of each panel, the first of which is
@@ -99,7 +131,7 @@ template <class E, class Fn>
 void rebuild_keys(const RebuildArgs& a, int head, int planes, float k_scale,
                   const KeyRun<E>& latents, int64_t position,
                   typename E::Rebuilt::Storage* keys, int64_t row_stride, float* panel,
-                  Fn&& also) {
+                  const Values& values, Fn&& also) {
   using K = typename E::Rebuilt;
   constexpr int most_vectors = kPanelTokens / W, most_planes = kAccumulators / most_vectors / 2;
   const auto block = [&](auto vectors, int t) {
@@ -114,7 +146,12 @@ void rebuild_keys(const RebuildArgs& a, int head, int planes, float k_scale,
                                                     plane, out, row_stride);
     };
     int plane = 0;
-    for (; plane + most_planes <= planes; plane += most_planes) some(Const<most_planes>{}, plane);
+    for (; plane + most_planes <= planes; plane += most_planes) {
+      const Part part{plane, plane + most_planes, planes};
+      fetch_latents(latents, t + NV * W, NV * W, part);
+      fetch_values(values, t, NV * W, part);
+      some(Const<most_planes>{}, plane);
+    }
     if (plane < planes)
       with_rows<most_planes, 1>(planes - plane, [&](auto count) { some(count, plane); });
     also(run, t);
