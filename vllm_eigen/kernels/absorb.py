@@ -14,9 +14,9 @@ query head this takes 0.35 to 0.45 of the multiplications of a rebuilt key of 12
 queries share a rebuilt key but not a folded query: for them rebuilding is cheaper.
 
 The functions {cos, sin} of frequencies up to B have about CHUNK * B / pi degrees of freedom
-(Slepian and Pollak 1961); the singular value decomposition finds them. Slower planes need fewer: the
-waves are found band by band from the slowest on, and a band uses the first few. `absorb.h` is the
-other half.
+(Slepian and Pollak 1961); the singular value decomposition finds them. Slower planes need fewer:
+the waves are found band by band from the slowest on, and a band uses the first few. `absorb.h` is
+the other half.
 """
 
 from __future__ import annotations
