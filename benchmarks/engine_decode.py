@@ -175,14 +175,14 @@ def measure(model: Model, args: argparse.Namespace, reporter: Reporter) -> list[
     with TemporaryDirectory() as work:
         base, eigen = write_models(model, args, Path(work))
         with engine(base, args) as one, engine(eigen, args) as other:
-            for context in args.contexts:
+            for context, pairs in zip(args.contexts, args.pairs, strict=True):
                 prompts = generator.integers(3, VOCABULARY, (args.batch, context)).tolist()
 
                 def speed(side: int, prompts: list[list[int]] = prompts) -> float:
                     return decode_speed((one, other)[side], prompts, args.tokens)
 
                 # The first pair fills the prefix cache.
-                speeds = by_turns(speed, args.pairs, 1, reporter.step)
+                speeds = by_turns(speed, pairs, 1, reporter.step)
                 ratio = Ratio.of(*speeds)
                 rows.append(
                     Row(
@@ -267,7 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--batch", type=int, default=4, help="sequences (%(default)s)")
     parser.add_argument("--tokens", type=int, default=48, help="output tokens (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument(
+        "--pairs", type=int, nargs="+", default=[7], help="one number, or one for each context"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument(
         "--dtype",
@@ -280,6 +282,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pool-mib", type=int, default=2048, help="KV pool of either engine")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     args = parser.parse_args(argv)
+    if len(args.pairs) == 1:
+        args.pairs = args.pairs * len(args.contexts)
+    if len(args.pairs) != len(args.contexts):
+        parser.error("--pairs takes one number, or as many as --contexts")
     os.environ.update(
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
@@ -292,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for model in MODELS:
                 title = f"{model.family} {model.kv_heads} KV heads, {model.key_mode}"
-                reporter.stage(title, 2 * len(args.contexts) * (args.pairs + 1))
+                reporter.stage(title, 2 * sum(pairs + 1 for pairs in args.pairs))
                 rows += measure(model, args, reporter)
         except EigenError as error:
             reporter.note(f"benchmarks.engine_decode: {error}")
