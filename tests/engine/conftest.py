@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.engine import harness
 from tests.engine.rows import Row, Served
 
 FAMILIES = ("llama", "opt")
+LOCK_SECONDS = 300
 Models = Callable[[str, str, float], Path]
 Rows = Callable[[Row], Served]
 
@@ -60,5 +64,21 @@ def models(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Models:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """A matrix row's models, made when first asked for."""
-    return cache(lambda row: row.write(tmp_path_factory.mktemp(str(row))))
+    """A matrix row's models, made by the test process that first asks for them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "rows").mkdir(exist_ok=True)
+
+    @cache
+    def make(row: Row) -> Served:
+        made = folder / "rows" / str(row)
+        record = made.with_suffix(".pickle")
+        with FileLock(made.with_suffix(".lock"), timeout=LOCK_SECONDS):
+            if not record.exists():
+                made.mkdir()
+                record.write_bytes(pickle.dumps(row.write(made)))
+        found: Served = pickle.loads(record.read_bytes())
+        return found
+
+    return make
