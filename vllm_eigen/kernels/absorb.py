@@ -101,7 +101,8 @@ def find_waves(
     for direct in range(first, planes, DIRECT_STEP):
         if 2 * direct >= cheapest:
             break
-        slow = torch.tensor([speed for speed in speeds[direct:] if speed is not None])
+        absorbed = [speed for speed in speeds[direct:] if speed is not None]
+        slow = torch.tensor(absorbed, dtype=torch.float64)
         most = int((cheapest - 2 * direct) / queries_per_head)
         waves = _span(direct, slow, most, largest_error)
         if waves is None:
@@ -117,7 +118,7 @@ def _span(direct: int, slow: torch.Tensor, most: int, largest_error: float) -> W
     token = torch.arange(CHUNK, dtype=torch.float64)[:, None]
     waves = torch.zeros(CHUNK, 0, dtype=torch.float64)
     bands: list[Band] = []
-    for part in reversed(slow.double().chunk(BANDS)):
+    for part in reversed(slow.chunk(BANDS)):
         wanted = torch.cat([(token * part).cos(), (token * part).sin()], dim=1)
         missing = wanted - waves @ (waves.t() @ wanted)
         new, sizes, shares = torch.linalg.svd(missing, full_matrices=False)
