@@ -9,8 +9,8 @@
 
 namespace eigen {
 
-// A thread's memory for a chunk. Absorbed queries are counted wave by wave, then row by row, so that
-// the first waves of all rows lie together; `products` has rows of kChunk.
+// A thread's memory for a chunk. Absorbed queries are counted wave by wave, then row by row, so
+// that the first waves of all rows lie together; `products` has rows of kChunk.
 struct AbsorbRoom {
   float *turned, *blended, *latent, *constant, *products;
   uint32_t* queries;
@@ -81,7 +81,7 @@ void absorb_queries(const RebuildArgs& r, int head, float k_scale, int rank_k, i
     }
     add_values<Float32>(reinterpret_cast<const uint32_t*>(room.blended), width, used,
                         a.basis + (head * slow + first) * a.basis_stride, a.basis_stride, width,
-                        rank_k, room.latent, padded);
+                        padded, room.latent, padded);
     blend += a.bands[2 * b + 1] * width;
     first += width;
   }
@@ -95,8 +95,8 @@ void absorb_queries(const RebuildArgs& r, int head, float k_scale, int rank_k, i
   }
 }
 
-// scores[i][t] += sum over waves of wave[t] * products[wave, row + i][t], for tokens [begin, end) of
-// the chunk and `rows` of `all_rows`.
+// scores[i][t] += sum over waves of wave[t] * products[wave, row + i][t], for tokens [begin,
+// end) of the chunk and `rows` of `all_rows`.
 inline void add_waves(const AbsorbArgs& a, int all_rows, int row, int rows, int begin, int end,
                       const AbsorbRoom& room, float* scores) {
   for (int i = 0; i < rows; ++i) {

@@ -1,4 +1,4 @@
-// What Python hands over, field by field as in cpu.py. Pointers are to CPU memory; strides count
+// What Python hands over, field by field as in args.py. Pointers are to CPU memory; strides count
 // elements; the last dimension of every tensor is contiguous.
 #pragma once
 
@@ -24,7 +24,7 @@ struct WriteArgs {
 // Planes that are not rebuilt for a single query, see absorb.py: those from `direct_planes` on, in
 // bands that use the first few waves.
 struct AbsorbArgs {
-  const float* basis;    // [num_heads][2 * slow planes][basis_stride], rank_k of them filled
+  const float* basis;    // [num_heads][2 * slow planes][basis_stride], zeros past rank_k
   const float* waves;    // [num_waves][tokens of a chunk]
   const float* blend;    // of each band [waves][share in cosine, share in sine][planes]
   const int64_t* bands;  // [num_bands][planes, waves]

@@ -1,15 +1,13 @@
 """The C++ kernels behind `interface.Kernels`: checks, pointers, and nothing else.
 
-The library is compiled by `build.py` and called through ctypes; the structures below mirror
-`args.h` field by field. Pages are laid out as `page.h` says.
+The library is compiled by `build.py` and called through ctypes with the structures of `args.py`.
+Pages are laid out as `page.h` says.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import weakref
-from ctypes import Structure, c_double, c_int64, c_void_p
 from typing import NamedTuple
 
 import torch
@@ -17,8 +15,9 @@ import torch
 from vllm_eigen.errors import KernelError
 
 from . import build
+from .args import AttendArgs, Cache, WriteArgs, rebuild_args
 from .interface import Encode, Rebuild, ScoreOptions
-from .packed import Absorbed, PackedRebuild, Reader, pack
+from .packed import PackedRebuild, Reader, pack
 
 _QUERY_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _CACHE_TYPES = {
@@ -35,92 +34,6 @@ _PROBLEMS = {
     3: "a block or slot lies outside the cache",
     4: "a sequence is longer than its row of the block table",
 }
-
-
-class _Cache(Structure):
-    _fields_ = (
-        ("pages", c_void_p),
-        ("type", c_int64),
-        ("block_stride", c_int64),
-        ("head_stride", c_int64),
-        ("num_blocks", c_int64),
-        ("num_kv_heads", c_int64),
-        ("block_size", c_int64),
-        ("rank_k", c_int64),
-        ("rank_v", c_int64),
-        ("k_scale", c_double),
-        ("v_scale", c_double),
-    )
-
-
-class _WriteArgs(Structure):
-    _fields_ = (
-        ("cache", _Cache),
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("type", c_int64),
-        ("key_token_stride", c_int64),
-        ("key_head_stride", c_int64),
-        ("value_token_stride", c_int64),
-        ("value_head_stride", c_int64),
-        ("slots", c_void_p),
-        ("num_tokens", c_int64),
-        ("threads", c_int64),
-    )
-
-
-class _AbsorbArgs(Structure):
-    _fields_ = (
-        ("basis", c_void_p),
-        ("waves", c_void_p),
-        ("blend", c_void_p),
-        ("bands", c_void_p),
-        ("num_bands", c_int64),
-        ("num_waves", c_int64),
-        ("direct_planes", c_int64),
-        ("basis_stride", c_int64),
-    )
-
-
-class _RebuildArgs(Structure):
-    _fields_ = (
-        ("basis", c_void_p),
-        ("offset", c_void_p),
-        ("order", c_void_p),
-        ("cos_sin", c_void_p),
-        ("num_heads", c_int64),
-        ("planes", c_int64),
-        ("rotary_planes", c_int64),
-        ("positions", c_int64),
-        ("absorb", c_void_p),
-    )
-
-
-class _AttendArgs(Structure):
-    _fields_ = (
-        ("cache", _Cache),
-        ("query", c_void_p),
-        ("output", c_void_p),
-        ("type", c_int64),
-        ("query_token_stride", c_int64),
-        ("query_head_stride", c_int64),
-        ("output_token_stride", c_int64),
-        ("output_head_stride", c_int64),
-        ("num_heads", c_int64),
-        ("query_size", c_int64),
-        ("num_seqs", c_int64),
-        ("query_start_loc", c_void_p),
-        ("seq_lens", c_void_p),
-        ("block_table", c_void_p),
-        ("block_table_stride", c_int64),
-        ("block_table_width", c_int64),
-        ("alibi_slopes", c_void_p),
-        ("scale", c_double),
-        ("soft_cap", c_double),
-        ("window", c_int64),
-        ("rebuild", c_void_p),
-        ("threads", c_int64),
-    )
 
 
 class CpuKernels:
@@ -158,7 +71,7 @@ class CpuKernels:
         """See `interface.Kernels.write_cache`."""
         if encode is not None:
             key, value = encode.latents(key, value)
-        args = _WriteArgs.from_buffer_copy(
+        args = WriteArgs.from_buffer_copy(
             _write_args(
                 _layout(key),
                 _layout(value),
@@ -201,7 +114,7 @@ class CpuKernels:
         max_seq_len: int | None = None,
     ) -> None:
         """See `interface.Kernels.attend`."""
-        args = _AttendArgs.from_buffer_copy(
+        args = AttendArgs.from_buffer_copy(
             _attend_args(
                 _layout(query),
                 _layout(kv_cache),
@@ -222,7 +135,7 @@ class CpuKernels:
             args.alibi_slopes = options.alibi_slopes.data_ptr()
         if rebuild is not None:
             packed = self._pack(rebuild, query.dtype, kv_cache.dtype, query.shape[1])
-            args.rebuild = ctypes.addressof(_rebuild_args(packed))
+            args.rebuild = ctypes.addressof(rebuild_args(packed))
         args.threads = torch.get_num_threads()
         _raise_if(self._library.eigen_attend(ctypes.byref(args)))
 
@@ -247,7 +160,7 @@ def _write_args(
     slots: _Layout,
     k_scale: float,
     v_scale: float,
-) -> _WriteArgs:
+) -> WriteArgs:
     """Checked arguments of a write; pointers and threads are still to be filled in."""
     num_tokens, num_kv_heads = slots.shape[0], kv_cache.shape[1]
     for name, (shape, strides, _) in (("key", key), ("value", value)):
@@ -265,7 +178,7 @@ def _write_args(
         and (num_tokens < 2 or slots.strides == (1,)),
         "slot_mapping must be contiguous int64",
     )
-    return _WriteArgs(
+    return WriteArgs(
         cache=_cache(kv_cache, key.shape[2], value.shape[2], k_scale, v_scale),
         type=_type(key.dtype, "key"),
         key_token_stride=key.strides[0],
@@ -287,7 +200,7 @@ def _attend_args(
     basis: torch.Size | None,
     k_scale: float,
     v_scale: float,
-) -> _AttendArgs:
+) -> AttendArgs:
     """Checked arguments of an attention; pointers and threads are still to be filled in."""
     (_, num_heads, size), strides, dtype = query
     rank_v = output.shape[2]
@@ -325,7 +238,7 @@ def _attend_args(
         f"query {list(query.shape)} does not fit {heads} heads of size {query_size}",
     )
     scale, soft_cap, window = score
-    return _AttendArgs(
+    return AttendArgs(
         cache=cache,
         type=_type(dtype, "query"),
         query_token_stride=strides[0],
@@ -343,7 +256,7 @@ def _attend_args(
     )
 
 
-def _cache(kv_cache: _Layout, rank_k: int, rank_v: int, k_scale: float, v_scale: float) -> _Cache:
+def _cache(kv_cache: _Layout, rank_k: int, rank_v: int, k_scale: float, v_scale: float) -> Cache:
     (num_blocks, num_kv_heads, block_size, width), strides, dtype = kv_cache
     _check(
         width == rank_k + rank_v
@@ -357,7 +270,7 @@ def _cache(kv_cache: _Layout, rank_k: int, rank_v: int, k_scale: float, v_scale:
     if kind is None:
         raise KernelError(f"the CPU kernels do not know a cache of {dtype}")
     is_fp8 = kind >= _CACHE_TYPES[torch.uint8]
-    return _Cache(
+    return Cache(
         type=kind,
         block_stride=strides[0],
         head_stride=strides[1],
@@ -368,44 +281,6 @@ def _cache(kv_cache: _Layout, rank_k: int, rank_v: int, k_scale: float, v_scale:
         rank_v=rank_v,
         k_scale=k_scale if is_fp8 else 1.0,
         v_scale=v_scale if is_fp8 else 1.0,
-    )
-
-
-# The structures that point into a packed object, kept as long as it lives.
-_rebuilds: weakref.WeakKeyDictionary[PackedRebuild, tuple[_RebuildArgs, _AbsorbArgs | None]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _rebuild_args(packed: PackedRebuild) -> _RebuildArgs:
-    if packed not in _rebuilds:
-        absorb = None if packed.absorbed is None else _absorb_args(packed.absorbed)
-        rebuild = _RebuildArgs(
-            packed.basis.data_ptr(),
-            packed.offset.data_ptr() if packed.offset is not None else None,
-            packed.order.data_ptr(),
-            packed.table.data_ptr(),
-            packed.basis.shape[0],
-            packed.basis.shape[1] // 2,
-            packed.rotary_planes,
-            packed.positions,
-            None if absorb is None else ctypes.addressof(absorb),
-        )
-        _rebuilds[packed] = rebuild, absorb
-    return _rebuilds[packed][0]
-
-
-def _absorb_args(absorbed: Absorbed) -> _AbsorbArgs:
-    waves = absorbed.waves
-    return _AbsorbArgs(
-        absorbed.basis.data_ptr(),
-        waves.waves.data_ptr(),
-        absorbed.blend.data_ptr(),
-        absorbed.bands.data_ptr(),
-        absorbed.bands.shape[0],
-        waves.waves.shape[0],
-        waves.direct_planes,
-        absorbed.basis.shape[2],
     )
 
 

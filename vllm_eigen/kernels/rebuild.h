@@ -97,8 +97,8 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
   }
 }
 
-// Memory that is read soon is fetched a part, [from, to) of `of`, at a time, while products keep the
-// machine busy: waiting for it would cost about as much as they do.
+// Memory that is read soon is fetched a part, [from, to) of `of`, at a time, while products keep
+// the machine busy.
 struct Part {
   int from, to, of;
 };
