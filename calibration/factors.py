@@ -3,7 +3,7 @@
 Folding multiplies a basis into the query and the output projection. Here the product is undone,
 up to a rotation that changes no output: every head's score is `q . (k' key_basis)` again, of the
 base's head size, and every head's value `v' value_basis`. Unfolding and fine-tuning start here;
-`Factors.folded` goes back.
+`folded` goes back.
 """
 
 from __future__ import annotations
@@ -19,68 +19,83 @@ from vllm_eigen.families import Family, KeyMode
 
 
 @dataclass(frozen=True)
-class Factors:
-    """One layer; the last column of q, k and v is their bias, or zeros.
+class KeyFactors:
+    """What makes one layer's scores; the last column of q and k is their bias, or zeros.
 
     Attributes:
         q: [num_heads, head_size, hidden_size + 1]
         k: [num_latent_heads, rank_k, hidden_size + 1]
-        v: [num_latent_heads, rank_v, hidden_size + 1]
-        o: [hidden_size, num_heads, head_size]
-        key_basis: [num_kv_heads, rank_k, head_size]
-        value_basis: [num_kv_heads, rank_v, head_size]
+        basis: [num_kv_heads, rank_k, head_size]
     """
 
     q: torch.Tensor
     k: torch.Tensor
-    v: torch.Tensor
-    o: torch.Tensor
-    key_basis: torch.Tensor
-    value_basis: torch.Tensor
+    basis: torch.Tensor
 
     def folded(self, family: Family, key_mode: KeyMode) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors by their names in the attention module, all biases included."""
-        value_maps = repeat(self.value_basis, self.o.shape[1])
-        q = self.q
         if key_mode == "folded":
-            q = repeat(self.key_basis, len(q)) @ q
-        tensors = {
-            f"{family.o_proj}.weight": torch.einsum("xjd,jrd->xjr", self.o, value_maps).flatten(1)
-        }
-        if key_mode == "pre-rope":
-            tensors[KEY_BASIS] = self.key_basis
-        for name, rows in ((family.q_proj, q), (family.k_proj, self.k), (family.v_proj, self.v)):
-            tensors[f"{name}.weight"] = rows[..., :-1].flatten(0, 1)
-            tensors[f"{name}.bias"] = rows[..., -1].flatten()
-        return tensors
+            q = repeat(self.basis, len(self.q)) @ self.q
+            return _rows(family.q_proj, q) | _rows(family.k_proj, self.k)
+        tensors = _rows(family.q_proj, self.q) | _rows(family.k_proj, self.k)
+        return tensors | {KEY_BASIS: self.basis}
 
 
-def read_factors(
+@dataclass(frozen=True)
+class ValueFactors:
+    """What makes one layer's output; the last column of v is its bias, or zeros.
+
+    Attributes:
+        v: [num_latent_heads, rank_v, hidden_size + 1]
+        o: [hidden_size, num_heads, head_size]
+        basis: [num_kv_heads, rank_v, head_size]
+    """
+
+    v: torch.Tensor
+    o: torch.Tensor
+    basis: torch.Tensor
+
+    def folded(self, family: Family) -> dict[str, torch.Tensor]:
+        """As `KeyFactors.folded`."""
+        o = torch.einsum("xjd,jrd->xjr", self.o, repeat(self.basis, self.o.shape[1]))
+        return _rows(family.v_proj, self.v) | {f"{family.o_proj}.weight": o.flatten(1)}
+
+
+def read_keys(
     weights: Tensors, path: str, family: Family, eigen: EigenConfig, index: int
-) -> Factors:
-    """Take the attention module at `path`, of layer `index`, apart; float64."""
-    ranks, size = eigen.layers[index], eigen.head_size
-    heads, kv_heads, latent_heads = eigen.num_heads, eigen.num_kv_heads, eigen.num_latent_heads
-    q, k, v = (
-        _with_bias(weights, f"{path}.{name}")
-        for name in (family.q_proj, family.k_proj, family.v_proj)
-    )
-    o = weights.get(f"{path}.{family.o_proj}.weight").double().reshape(-1, heads, ranks.rank_v)
-    q = q.reshape(heads, -1, q.shape[-1])
+) -> KeyFactors:
+    """Take the scores of the attention module at `path`, of layer `index`, apart; float64."""
+    q = _with_bias(weights, f"{path}.{family.q_proj}")
+    k = _with_bias(weights, f"{path}.{family.k_proj}")
+    q = q.reshape(eigen.num_heads, -1, q.shape[-1])
     if eigen.key_mode == "folded":
-        key_basis = _span(q, kv_heads, size)
-        q = repeat(key_basis, heads).mT @ q
+        basis = _span(q, eigen.num_kv_heads, eigen.head_size)
+        q = repeat(basis, eigen.num_heads).mT @ q
     else:
-        key_basis = weights.get(f"{path}.{KEY_BASIS}").double()
-    value_basis = _span(o.permute(1, 2, 0), kv_heads, size)
-    return Factors(
-        q,
-        k.reshape(latent_heads, ranks.rank_k, -1),
-        v.reshape(latent_heads, ranks.rank_v, -1),
-        torch.einsum("xjr,jrd->xjd", o, repeat(value_basis, heads)),
-        key_basis,
-        value_basis,
+        basis = weights.get(f"{path}.{KEY_BASIS}").double()
+    k = k.reshape(eigen.num_latent_heads, eigen.layers[index].rank_k, -1)
+    return KeyFactors(q, k, basis)
+
+
+def read_values(
+    weights: Tensors, path: str, family: Family, eigen: EigenConfig, index: int
+) -> ValueFactors:
+    """Take the output of the attention module at `path`, of layer `index`, apart; float64."""
+    rank = eigen.layers[index].rank_v
+    v = _with_bias(weights, f"{path}.{family.v_proj}")
+    o = weights.get(f"{path}.{family.o_proj}.weight").double()
+    o = o.reshape(-1, eigen.num_heads, rank)
+    basis = _span(o.permute(1, 2, 0), eigen.num_kv_heads, eigen.head_size)
+    return ValueFactors(
+        v.reshape(eigen.num_latent_heads, rank, -1),
+        torch.einsum("xjr,jrd->xjd", o, repeat(basis, eigen.num_heads)),
+        basis,
     )
+
+
+def _rows(name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Weight and bias of a projection of heads with their bias last."""
+    return {f"{name}.weight": rows[..., :-1].flatten(0, 1), f"{name}.bias": rows[..., -1].flatten()}
 
 
 def _with_bias(weights: Tensors, path: str) -> torch.Tensor:

@@ -80,29 +80,20 @@ def read_attention(
     )
 
 
-def fold(
-    weights: AttentionWeights, key: Maps, value: Maps, family: Family, key_mode: KeyMode
+def fold_keys(
+    weights: AttentionWeights, key: Maps, family: Family, key_mode: KeyMode
 ) -> dict[str, torch.Tensor]:
-    """The compressed layer's tensors by their names inside the attention module, float64.
+    """The tensors that make queries and key latents, by their names inside the attention module.
 
-    Shapes are those of `vllm_eigen.checkpoint.tensor_shapes`.
+    Float64; shapes are those of `vllm_eigen.checkpoint.tensor_shapes`, here and below.
     """
-    key_decoder = per_head(key[1], weights.k.shape[1])
-    value_decoder = per_head(value[1], weights.v.shape[1])
-    tensors = {
-        f"{family.k_proj}.weight": encode(weights.k, key[0]).flatten(0, 1),
-        f"{family.v_proj}.weight": encode(weights.v, value[0]).flatten(0, 1),
-        f"{family.o_proj}.weight": torch.einsum(
-            "xjd,jrd->xjr", weights.o, repeat(value_decoder, weights.o.shape[1])
-        ).flatten(1),
-    }
+    decoder = per_head(key[1], weights.k.shape[1])
+    tensors = {f"{family.k_proj}.weight": encode(weights.k, key[0]).flatten(0, 1)}
     if weights.k_bias is not None:
         tensors[f"{family.k_proj}.bias"] = encode(weights.k_bias[..., None], key[0]).flatten()
-    if weights.v_bias is not None:
-        tensors[f"{family.v_proj}.bias"] = encode(weights.v_bias[..., None], value[0]).flatten()
     if key_mode == "folded":
         # q k_hat^T = q (k' D)^T = (q D^T) k'^T
-        maps = repeat(key_decoder, weights.q.shape[0])
+        maps = repeat(decoder, weights.q.shape[0])
         tensors[f"{family.q_proj}.weight"] = (maps @ weights.q).flatten(0, 1)
         if weights.q_bias is not None:
             bias = (maps @ weights.q_bias[..., None]).flatten()
@@ -111,18 +102,32 @@ def fold(
         tensors[f"{family.q_proj}.weight"] = weights.q.flatten(0, 1)
         if weights.q_bias is not None:
             tensors[f"{family.q_proj}.bias"] = weights.q_bias.flatten()
-        tensors[KEY_BASIS] = key_decoder
+        tensors[KEY_BASIS] = decoder
     return tensors
 
 
-def keep_apart(key: Maps, value: Maps, head_size: int) -> dict[str, torch.Tensor]:
-    """The tensors that stand beside untouched projections, by name, float64."""
-    return {
-        KEY_ENCODER: key[0],
-        KEY_BASIS: per_head(key[1], head_size),
-        VALUE_ENCODER: value[0],
-        VALUE_BASIS: per_head(value[1], head_size),
+def fold_values(weights: AttentionWeights, value: Maps, family: Family) -> dict[str, torch.Tensor]:
+    """The tensors that make value latents and take them back to the hidden state."""
+    decoder = per_head(value[1], weights.v.shape[1])
+    tensors = {
+        f"{family.v_proj}.weight": encode(weights.v, value[0]).flatten(0, 1),
+        f"{family.o_proj}.weight": torch.einsum(
+            "xjd,jrd->xjr", weights.o, repeat(decoder, weights.o.shape[1])
+        ).flatten(1),
     }
+    if weights.v_bias is not None:
+        tensors[f"{family.v_proj}.bias"] = encode(weights.v_bias[..., None], value[0]).flatten()
+    return tensors
+
+
+def keep_keys(key: Maps, head_size: int) -> dict[str, torch.Tensor]:
+    """The tensors that stand beside the base model's query and key projections."""
+    return {KEY_ENCODER: key[0], KEY_BASIS: per_head(key[1], head_size)}
+
+
+def keep_values(value: Maps, head_size: int) -> dict[str, torch.Tensor]:
+    """The tensors that stand beside the base model's value and output projections."""
+    return {VALUE_ENCODER: value[0], VALUE_BASIS: per_head(value[1], head_size)}
 
 
 def encode(weight: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:

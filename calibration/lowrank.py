@@ -2,7 +2,7 @@
 
 The base architecture's transformers model computes everything but the projections. Where these
 are folded, small modules take their place, from hidden states to latents and from latents to keys
-and values (`factors`); where they are the base model's, hooks pass keys and values through the
+or values (`factors`); where they are the base model's, hooks pass keys or values through the
 bases. Either way the latents are at hand, to be rounded (`scales`), watched or trained, and the
 checkpoint's tensors can be read back.
 """
@@ -10,8 +10,7 @@ checkpoint's tensors can be read back.
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,39 +19,80 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from calibration.factors import Factors, read_factors
-from calibration.fold import Maps, keep_apart
+from calibration.factors import KeyFactors, ValueFactors, read_keys, read_values
+from calibration.fold import Maps, Tensors, keep_keys, keep_values
 from calibration.source import Weights
 from calibration.taps import Latents, Part, compress
 from calibration.unfold import bare_model, read_bases
-from vllm_eigen.checkpoint import read_config
-from vllm_eigen.families import Family, KeyMode, family_of
+from vllm_eigen.checkpoint import EigenConfig, read_config
+from vllm_eigen.families import Family, Geometry, KeyMode, family_of
 
 
-class LowRankLayer(nn.Module, ABC):
+class LowRankLayer(nn.Module):
     """The low-rank part of one layer.
 
     Attributes:
         cache: what the cache does to latents; None keeps them as they are.
+        keys, values: how either is made of low rank.
     """
 
-    cache: Latents | None = None
+    def __init__(
+        self, weights: Tensors, path: str, family: Family, eigen: EigenConfig, index: int
+    ) -> None:
+        super().__init__()
+        self.cache: Latents | None = None
+        self._family, self._key_mode = family, eigen.key_mode
+        where = weights, path, family, eigen, index
+        key, value = read_bases(weights, path, eigen)
+        self.keys = (
+            _Beside(keep_keys, key, eigen.head_size)
+            if key
+            else _FoldedKeys(read_keys(*where), family, eigen.key_mode, self._of("key"))
+        )
+        self.values = (
+            _Beside(keep_values, value, eigen.head_size)
+            if value
+            else _FoldedValues(read_values(*where), family, self._of("value"))
+        )
 
-    @abstractmethod
+    @contextlib.contextmanager
+    def inside(self, layer: nn.Module, geometry: Geometry) -> Iterator[None]:
+        """Put what is folded into a transformers layer for good, and hooks while open."""
+        attention = layer.get_submodule(self._family.attention)
+        parts: dict[str, nn.Module] = {}
+        for side in (self.keys, self.values):
+            parts |= side.put_into(attention)
+        if self._family.qkv_proj and parts:
+            parts = {self._family.qkv_proj: _Fused(*parts.values())}
+        for name, module in parts.items():
+            setattr(attention, name, module)
+        maps = self.keys.maps(), self.values.maps()
+        if not any(maps):
+            yield
+            return
+        with compress(
+            layer, self._family, geometry, self._key_mode, *maps, latents=self.through_cache
+        ):
+            yield
+
     def matrices(self) -> list[nn.Module]:
         """Modules whose `weight`, as wide as the model, may be adapted."""
+        return [*self.keys.matrices(), *self.values.matrices()]
 
-    @abstractmethod
     def bases(self) -> list[nn.Parameter]:
         """Tensors of the size of heads, which may be trained as they are."""
+        return [*self.keys.bases(), *self.values.bases()]
 
-    @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors of this layer, by their names in the attention module."""
+        return self.keys.tensors() | self.values.tensors()
 
     def through_cache(self, part: Part, latents: torch.Tensor) -> torch.Tensor:
         """What attention sees of latents of any shape."""
         return latents if self.cache is None else self.cache(part, latents)
+
+    def _of(self, part: Part) -> Callable[[torch.Tensor], torch.Tensor]:
+        return partial(self.through_cache, part)
 
 
 class LowRankModel:
@@ -79,25 +119,11 @@ class LowRankModel:
         weights = Weights(folder, self.family)
         for index in range(len(self.eigen.layers)):
             path = self.family.attention_path(index)
-            if self.eigen.projections == "folded":
-                factors = read_factors(weights, path, self.family, self.eigen, index)
-                folded = _Folded(factors, self.family, self.eigen.key_mode)
-                folded.put_into(self.model.get_submodule(path), self.model.device)
-                self.layers.append(folded)
-                continue
-            beside = _Beside(*read_bases(weights, path, self.eigen), self.eigen.head_size)
-            beside.to(self.model.device)
-            self._hooks.enter_context(
-                compress(
-                    self.model.get_submodule(path.removesuffix(f".{self.family.attention}")),
-                    self.family,
-                    self.family.geometry(config),
-                    self.eigen.key_mode,
-                    *beside.maps(),
-                    latents=beside.through_cache,
-                )
-            )
-            self.layers.append(beside)
+            layer = LowRankLayer(weights, path, self.family, self.eigen, index)
+            layer.to(self.model.device)
+            place = self.model.get_submodule(path.removesuffix(f".{self.family.attention}"))
+            self._hooks.enter_context(layer.inside(place, self.family.geometry(config)))
+            self.layers.append(layer)
         # The model alone keeps the hooks, as long as it lives.
         self.model.eigen_hooks = self._hooks
 
@@ -110,77 +136,109 @@ class LowRankModel:
         }
 
 
-class _Folded(LowRankLayer):
-    """Projections to queries and latents, and the bases that make keys and values of these."""
+class _FoldedKeys(nn.Module):
+    """Projections to queries and key latents, and the basis that makes keys of these."""
 
-    def __init__(self, factors: Factors, family: Family, key_mode: KeyMode) -> None:
+    def __init__(
+        self,
+        factors: KeyFactors,
+        family: Family,
+        key_mode: KeyMode,
+        cache: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         super().__init__()
-        self._family, self._key_mode, self._heads = family, key_mode, factors.q.shape[:2]
+        self._family, self._key_mode = family, key_mode
         self.q = _Rows(factors.q)
-        self.k = _Latent(factors.k, factors.key_basis, partial(self.through_cache, "key"))
-        self.v = _Latent(factors.v, factors.value_basis, partial(self.through_cache, "value"))
-        self.o: Any = None
+        self.k = _Latent(factors.k, factors.basis, cache)
 
-    def put_into(self, attention: nn.Module, device: torch.device) -> None:
-        """Take the places of the projections in a transformers attention module."""
-        family = self._family
-        self.to(device)
-        self.o = attention.get_submodule(family.o_proj)  # of the base's head size already
-        if family.qkv_proj:
-            setattr(attention, family.qkv_proj, _Fused(self.q, self.k, self.v))
-            return
-        for name, module in (
-            (family.q_proj, self.q),
-            (family.k_proj, self.k),
-            (family.v_proj, self.v),
-        ):
-            setattr(attention, name, module)
+    def put_into(self, attention: nn.Module) -> dict[str, nn.Module]:
+        """The modules that take the places of projections of an attention module."""
+        return {self._family.q_proj: self.q, self._family.k_proj: self.k}
+
+    def maps(self) -> None:
+        """Nothing is left to hooks."""
 
     def matrices(self) -> list[nn.Module]:
-        """Of queries, latents and output."""
-        return [self.q, self.k, self.v, self.o]
+        """Of queries and latents."""
+        return [self.q, self.k]
 
     def bases(self) -> list[nn.Parameter]:
-        """Those stored; others only pad or rotate, and are folded into q and o."""
+        """What is stored; another only pads or rotates, and is folded into q."""
         return [self.k.basis] if self._key_mode == "pre-rope" else []
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Folded again."""
-        factors = Factors(
-            self.q.rows(),
-            self.k.rows(),
-            self.v.rows(),
-            self.o.weight.reshape(-1, *self._heads),
-            self.k.basis,
-            self.v.basis,
-        )
+        factors = KeyFactors(self.q.rows(), self.k.rows(), self.k.basis)
         return factors.folded(self._family, self._key_mode)
 
 
-class _Beside(LowRankLayer):
-    """Bases beside projections that stay the base model's."""
+class _FoldedValues(nn.Module):
+    """The projection to value latents, the basis that makes values of these, and the output's."""
 
-    def __init__(self, key: Maps, value: Maps, head_size: int) -> None:
+    def __init__(
+        self, factors: ValueFactors, family: Family, cache: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         super().__init__()
-        self._head_size = head_size
-        self._maps = nn.ParameterList([*key, *value])
+        self._family, self._heads = family, factors.o.shape[1]
+        self.v = _Latent(factors.v, factors.basis, cache)
+        self.o: Any = None
 
-    def maps(self) -> tuple[Maps, Maps]:
-        """Of keys and of values, shared with this module."""
-        maps = list(self._maps)
-        return (maps[0], maps[1]), (maps[2], maps[3])
+    def put_into(self, attention: nn.Module) -> dict[str, nn.Module]:
+        """As `_FoldedKeys.put_into`; the output projection is of the base's head size already."""
+        self.o = attention.get_submodule(self._family.o_proj)
+        return {self._family.v_proj: self.v}
+
+    def maps(self) -> None:
+        """Nothing is left to hooks."""
+
+    def matrices(self) -> list[nn.Module]:
+        """Of latents and output."""
+        return [self.v, self.o]
+
+    def bases(self) -> list[nn.Parameter]:
+        """None: it only pads or rotates, and is folded into o."""
+        return []
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Folded again."""
+        output = self.o.weight.reshape(len(self.o.weight), self._heads, -1)
+        return ValueFactors(self.v.rows(), output, self.v.basis).folded(self._family)
+
+
+class _Beside(nn.Module):
+    """Bases beside projections that stay the base model's.
+
+    Args:
+        keep: makes the checkpoint's tensors of maps.
+    """
+
+    def __init__(
+        self, keep: Callable[[Maps, int], dict[str, torch.Tensor]], maps: Maps, head_size: int
+    ) -> None:
+        super().__init__()
+        self._keep, self._head_size = keep, head_size
+        self._maps = nn.ParameterList(maps)
+
+    def put_into(self, attention: nn.Module) -> dict[str, nn.Module]:
+        """No module changes its place."""
+        return {}
+
+    def maps(self) -> Maps:
+        """Encoder and decoder, shared with this module."""
+        encoder, decoder = self._maps
+        return encoder, decoder
 
     def matrices(self) -> list[nn.Module]:
         """None: they are the base model's."""
         return []
 
     def bases(self) -> list[nn.Parameter]:
-        """Encoders and decoders."""
+        """Encoder and decoder."""
         return list(self._maps)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The four of them."""
-        return keep_apart(*self.maps(), self._head_size)
+        """Both of them."""
+        return self._keep(self.maps(), self._head_size)
 
 
 class _Rows(nn.Module):

@@ -1,7 +1,8 @@
 """Turn an Eigen checkpoint into an ordinary model of the base architecture, equal in output.
 
-Latents are multiplied by their bases (`factors`), or hooks do so where the projections are the
-base model's. The result runs in plain transformers and is the reference of the compressed model.
+Latents are multiplied by their bases (`factors`), or hooks do so where bases stand beside the base
+model's projections. The result runs in plain transformers and is the reference of the compressed
+model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from calibration.factors import read_factors
+from calibration.factors import read_keys, read_values
 from calibration.fold import Maps, Tensors, per_latent, repeat
 from calibration.source import Source, Weights
 from calibration.taps import compress
@@ -29,7 +30,7 @@ from vllm_eigen.checkpoint import (
 from vllm_eigen.errors import CheckpointError
 from vllm_eigen.families import Family, family_of
 
-_BASES = (KEY_ENCODER, VALUE_ENCODER, VALUE_BASIS)
+_BASES = (KEY_ENCODER, KEY_BASIS, VALUE_ENCODER, VALUE_BASIS)
 
 
 def unfold(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -40,27 +41,18 @@ def unfold(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             cannot express.
     """
     eigen = checkpoint.validate(folder)
-    config, _ = checkpoint.read_config(folder)
-    family = family_of(config)
-    if eigen.projections == "untouched":
+    if eigen.projections != "folded":
         raise CheckpointError(
             f"{folder}: keys that pass a norm, a clip or the rotary embedding before they are "
             "compressed have no ordinary equivalent; use `load_reference`"
         )
-    weights = Weights(folder, family)
-    tensors = dict(_attention_tensors(weights, family, eigen))
-    parts = (family.q_proj, family.k_proj, family.v_proj) if family.qkv_proj else ()
-    dropped = (KEY_BASIS, *(f"{part}.weight" for part in parts))
-    for name in weights:
-        if name not in tensors and not name.endswith(tuple(f".{item}" for item in dropped)):
-            tensors[name] = weights.get(name)
-    return _base_config(config, family), tensors
+    return _without_bases(folder)
 
 
 def load_reference(folder: Path, device: torch.device | str = "cpu") -> Any:
     """The compressed model as a transformers model of the base architecture, in float32.
 
-    Where the projections are untouched, hooks apply the stored bases.
+    Where bases stand beside the projections, hooks apply them.
     """
     model = bare_model(folder, device)
     config, eigen = checkpoint.read_config(folder)
@@ -85,26 +77,21 @@ def load_reference(folder: Path, device: torch.device | str = "cpu") -> Any:
 
 def bare_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     """A checkpoint's transformers model in float32, without the bases that stand beside it."""
-    config, eigen = checkpoint.read_config(folder)
-    if eigen.projections == "folded":
-        return _build(*unfold(folder), device)
     checkpoint.validate(folder)
-    family = family_of(config)
-    weights = Weights(folder, family)
-    tensors = {
-        name: weights.get(name) for name in weights if not name.endswith((*_BASES, KEY_BASIS))
-    }
-    return _build(_base_config(config, family), tensors, device)
+    return _build(*_without_bases(folder), device)
 
 
-def read_bases(weights: Tensors, path: str, eigen: EigenConfig) -> tuple[Maps, Maps]:
+def read_bases(weights: Tensors, path: str, eigen: EigenConfig) -> tuple[Maps | None, Maps | None]:
     """The maps of keys and of values that stand beside the attention module at `path`, float32."""
 
     def maps(encoder: str, basis: str) -> Maps:
         decoder = per_latent(weights.get(f"{path}.{basis}"), eigen.num_latent_heads)
         return weights.get(f"{path}.{encoder}").float(), decoder.float()
 
-    return maps(KEY_ENCODER, KEY_BASIS), maps(VALUE_ENCODER, VALUE_BASIS)
+    return (
+        None if eigen.projections == "folded" else maps(KEY_ENCODER, KEY_BASIS),
+        maps(VALUE_ENCODER, VALUE_BASIS) if eigen.projections == "untouched" else None,
+    )
 
 
 def load_base(source: Source, device: torch.device | str = "cpu") -> Any:
@@ -154,22 +141,42 @@ def _build(config: dict[str, Any], tensors: dict[str, torch.Tensor], device: Any
     return model.to(device).eval()
 
 
+def _without_bases(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Configuration and tensors of the base-architecture model, what is folded at full size."""
+    config, eigen = checkpoint.read_config(folder)
+    family = family_of(config)
+    weights = Weights(folder, family)
+    tensors = dict(_attention_tensors(weights, family, eigen))
+    fused = family.qkv_proj and eigen.projections == "folded"
+    parts = (family.q_proj, family.k_proj, family.v_proj) if fused else ()
+    dropped = tuple(f".{item}" for item in (*_BASES, *(f"{part}.weight" for part in parts)))
+    for name in weights:
+        if name not in tensors and not name.endswith(dropped):
+            tensors[name] = weights.get(name)
+    return _base_config(config, family), tensors
+
+
 def _attention_tensors(
     weights: Weights, family: Family, eigen: EigenConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Full-size projections, float64, layer by layer."""
+    """Full-size projections in the place of folded ones, float64, layer by layer."""
     for index in range(len(eigen.layers)):
         path = family.attention_path(index)
-        found = read_factors(weights, path, family, eigen, index)
-        q = found.q
-        k = found.key_basis.mT @ repeat(found.k, eigen.num_kv_heads)
-        v = found.value_basis.mT @ repeat(found.v, eigen.num_kv_heads)
-        yield f"{path}.{family.o_proj}.weight", found.o.flatten(1)
-        if family.qkv_proj:
-            fused = torch.cat([item[..., :-1].flatten(0, 1) for item in (q, k, v)])
+        where = weights, path, family, eigen, index
+        found: dict[str, torch.Tensor] = {}
+        if eigen.projections == "folded":
+            keys = read_keys(*where)
+            found[family.q_proj] = keys.q
+            found[family.k_proj] = keys.basis.mT @ repeat(keys.k, eigen.num_kv_heads)
+        if eigen.projections != "untouched":
+            values = read_values(*where)
+            found[family.v_proj] = values.basis.mT @ repeat(values.v, eigen.num_kv_heads)
+            yield f"{path}.{family.o_proj}.weight", values.o.flatten(1)
+        if family.qkv_proj and found:
+            fused = torch.cat([item[..., :-1].flatten(0, 1) for item in found.values()])
             yield f"{path}.{family.qkv_proj}.weight", fused
             continue
-        for name, tensor in ((family.q_proj, q), (family.k_proj, k), (family.v_proj, v)):
+        for name, tensor in found.items():
             yield f"{path}.{name}.weight", tensor[..., :-1].flatten(0, 1)
             if f"{path}.{name}.bias" in weights:
                 yield f"{path}.{name}.bias", tensor[..., -1].flatten()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from calibration.card import model_card
-from calibration.fold import fold, keep_apart, read_attention
+from calibration.fold import fold_keys, fold_values, keep_keys, keep_values, read_attention
 from calibration.methods.base import LayerBases
 from calibration.source import Source
 from calibration.tensorfile import TensorFile
@@ -28,6 +28,7 @@ from vllm_eigen.checkpoint import (
     BasesConfig,
     EigenConfig,
     LayerRanks,
+    foldable,
     tensor_shapes,
 )
 from vllm_eigen.families import KeyMode
@@ -50,11 +51,11 @@ def eigen_config(
     bases_only: bool = False,
 ) -> EigenConfig:
     """The `eigen` section for a base model and its ranks."""
-    untouched = bases_only or key_mode == "post-rope" or source.family.untouched(source.config)
+    most = foldable(source.family, source.config, key_mode)
     return EigenConfig(
         format_version=FORMAT_VERSION,
         key_mode=key_mode,
-        projections="untouched" if untouched else "folded",
+        projections="untouched" if bases_only else most,
         method=method,
         num_heads=source.geometry.num_heads,
         num_kv_heads=source.geometry.num_kv_heads,
@@ -150,12 +151,16 @@ def _attention(
     family, ranks = source.family, eigen.layers[index]
     path = family.attention_path(index)
     dtype = source.weights.get(f"{path}.{family.qkv_proj or family.q_proj}.weight").dtype
-    maps = bases[index].key.at(ranks.rank_k), bases[index].value.at(ranks.rank_v)
+    key, value = bases[index].key.at(ranks.rank_k), bases[index].value.at(ranks.rank_v)
     if eigen.projections == "untouched":
-        made = keep_apart(*maps, eigen.head_size)
+        made = keep_keys(key, eigen.head_size) | keep_values(value, eigen.head_size)
     else:
         attention = read_attention(source.weights, path, family, source.geometry)
-        made = fold(attention, *maps, family, eigen.key_mode)
+        made = fold_values(attention, value, family)
+        if eigen.projections == "folded":
+            made |= fold_keys(attention, key, family, eigen.key_mode)
+        else:
+            made |= keep_keys(key, eigen.head_size)
     return {f"{path}.{name}": tensor.to(dtype) for name, tensor in made.items()}
 
 

@@ -15,6 +15,7 @@ from vllm_eigen.checkpoint import (
     FORMAT_VERSION,
     EigenConfig,
     LayerRanks,
+    foldable,
     parse_config,
     tensor_shapes,
 )
@@ -142,7 +143,7 @@ def _eigen(
     return EigenConfig(
         format_version=FORMAT_VERSION,
         key_mode=family.key_modes[0],
-        projections="untouched" if family.untouched(config) else "folded",
+        projections=foldable(family, config, family.key_modes[0]),
         method="estimate",
         num_heads=geometry.num_heads,
         num_kv_heads=geometry.num_kv_heads,

@@ -80,6 +80,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other head size": (lambda c: c["eigen"].update(head_size=8), "head_size"),
     "unknown field": (lambda c: c["eigen"].update(surprise=1), "surprise"),
     "unknown mode": (lambda c: c["eigen"].update(key_mode="magic"), "key_mode"),
+    "folded through a rotation": (
+        lambda c: c["eigen"].update(projections="folded", key_mode="post-rope"),
+        "projections 'folded' cannot be|key mode post-rope does not fit",
+    ),
     "bad group": (lambda c: c["eigen"].update(head_group=3), "head_group 3"),
 }
 

@@ -1,9 +1,8 @@
 """The attention layers of an Eigen model: project to low rank, cache, attend, project back.
 
-`EigenAttention` is vLLM's `Attention` with a KV-cache specification of the layer's own ranks. One
-of two modules stands around it, in the place of the stock model's attention module:
-`FoldedSelfAttention`, whose projections have the bases multiplied in, or `UntouchedSelfAttention`,
-which keeps the stock projections and applies the bases beside them.
+`EigenAttention` is vLLM's `Attention` with a KV-cache specification of the layer's own ranks.
+`EigenSelfAttention` stands around it, in the place of the stock model's attention module: with
+projections that have bases multiplied in, and the others applied beside them.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from vllm_eigen.checkpoint import (
     EigenConfig,
     LayerRanks,
     basis_shapes,
+    projected_sizes,
 )
 from vllm_eigen.families import Family
 from vllm_eigen.kernels import Encode, Rebuild
@@ -103,10 +103,14 @@ class EigenAttention(Attention):
 
 
 class EigenSelfAttention(nn.Module):
-    """What both replacements of a stock attention module share: the cache and the positions.
+    """Attention of a decoder layer, as `checkpoint.Projections` says.
+
+    Latents that the projections do not make are made of what the stock module would cache: after
+    its norms and clips, and in post-rope mode after rotation.
 
     Args:
-        stock: the module to stand in for; its rotary embedding, mask and biases carry over.
+        stock: the module to stand in for. Its rotary embedding, norms, clip, mask and biases carry
+            over, and its projections, quantized or adapted as they may be, if untouched.
         eigen: the checkpoint's description.
         layer: index of the decoder layer.
     """
@@ -124,6 +128,9 @@ class EigenSelfAttention(nn.Module):
         self.key_mode = eigen.key_mode
         self.head_size = eigen.head_size
         self.rotary_emb: Any = getattr(stock, "rotary_emb", None)
+        self.q_norm: Any = getattr(stock, "q_norm", None)
+        self.k_norm: Any = getattr(stock, "k_norm", None)
+        self.clip_qkv: float | None = getattr(stock, "clip_qkv", None)
         tp_size = get_tensor_model_parallel_world_size()
         self.num_heads = eigen.num_heads // tp_size
         self.num_kv_heads = max(1, eigen.num_kv_heads // tp_size)
@@ -139,21 +146,67 @@ class EigenSelfAttention(nn.Module):
             **score_options(stock.attn),
         )
         self._output = family.o_proj
-        self.add_projections(stock, family, eigen)
+        if eigen.projections == "untouched":
+            self.qkv_proj: Any = stock.qkv_proj
+            self.add_module(family.o_proj, getattr(stock, family.o_proj))
+            sizes = self.num_heads, self.num_kv_heads, self.num_kv_heads
+            self._widths = [heads * self.head_size for heads in sizes]
+        else:
+            self._fold(stock, eigen)
+        for name, shape in basis_shapes(eigen, self.ranks).items():
+            self._add_basis(name, shape)
+        self._attach_bases(eigen)
 
-    def add_projections(self, stock: Any, family: Family, eigen: EigenConfig) -> None:
-        """Create `qkv_proj`, the output projection under the family's name for it, and the bases.
-
-        Called once the ranks and `attn` are there.
-        """
-        raise NotImplementedError
-
-    def project_out(self, context: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, num_heads * width] to [num_tokens, hidden]."""
+    def forward(
+        self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[num_tokens, hidden] to [num_tokens, hidden]."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        if self.clip_qkv:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        query, key, value = qkv.split(self._widths, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query = self.q_norm(query.reshape(-1, self.head_size)).view(query.shape)
+            key = self.k_norm(key.reshape(-1, self.head_size)).view(key.shape)
+        if self.rotary_emb is not None:
+            # In a compiled graph nothing is rotated in place: only what is returned counts. vLLM's
+            # CPU kernel stores aligned vectors: rows must not begin at odd widths.
+            if self.key_mode == "post-rope":
+                query, key = self.rotary_emb(positions, query.contiguous(), key.contiguous())
+            else:
+                query, _ = self.rotary_emb(positions, query.contiguous(), None)
+        if self._maps_queries:
+            query = _per_head(query, self._basis(KEY_BASIS).mT, self.num_heads)
+        context = self.attn(query, key, value)
+        if self._maps_context:
+            context = _per_head(context, self._basis(VALUE_BASIS), self.num_heads)
         output, _ = getattr(self, self._output)(context)
         return output
 
-    def add_basis(self, name: str, shape: tuple[int, int, int]) -> None:
+    def _fold(self, stock: Any, eigen: EigenConfig) -> None:
+        """Create `qkv_proj`, and the output projection under the family's name for it."""
+        prefix = stock.attn.layer_name.rpartition(".")[0]
+        stock_output: RowParallelLinear = getattr(stock, self._output)
+        hidden_size = stock_output.output_size
+        self.qkv_proj = EigenQKVLinear(
+            hidden_size,
+            *projected_sizes(eigen, self.ranks),
+            self.ranks.rank_v,
+            eigen.num_heads,
+            eigen.num_latent_heads,
+            bias=stock.qkv_proj.bias is not None,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self._widths = list(self.qkv_proj.sizes.values())
+        output = RowParallelLinear(
+            eigen.num_heads * self.ranks.rank_v,
+            hidden_size,
+            bias=stock_output.bias is not None,
+            prefix=f"{prefix}.{self._output}",
+        )
+        self.add_module(self._output, output)
+
+    def _add_basis(self, name: str, shape: tuple[int, int, int]) -> None:
         """Create a parameter of `shape` [heads, ...] over all ranks, this rank's heads of it."""
         tp_size = get_tensor_model_parallel_world_size()
         heads = max(1, shape[0] // tp_size)
@@ -166,104 +219,21 @@ class EigenSelfAttention(nn.Module):
         set_weight_attrs(parameter, {"weight_loader": load})
         self.register_parameter(name, parameter)
 
-    def basis(self, name: str) -> torch.Tensor:
-        """A parameter made by `add_basis`."""
+    def _attach_bases(self, eigen: EigenConfig) -> None:
+        """Say who applies the bases: the cache write, the attention kernels, or `forward`."""
+        self._maps_queries = eigen.projections != "folded" and eigen.key_mode != "pre-rope"
+        self._maps_context = eigen.projections == "untouched"
+        if eigen.projections != "folded":
+            value = self._basis(VALUE_ENCODER) if self._maps_context else None
+            self.attn.encode = Encode(self._basis(KEY_ENCODER), value)
+        if eigen.key_mode == "pre-rope":
+            self.attn.rebuild = Rebuild(
+                key_basis=self._basis(KEY_BASIS), **rotary_cos_sin(self.rotary_emb)
+            )
+
+    def _basis(self, name: str) -> torch.Tensor:
+        """A parameter made by `_add_basis`."""
         return self.get_parameter(name)
-
-    def rebuild_keys(self) -> None:
-        """Let the attention kernels rebuild full rotary keys through `key_basis`."""
-        self.attn.rebuild = Rebuild(
-            key_basis=self.basis(KEY_BASIS), **rotary_cos_sin(self.rotary_emb)
-        )
-
-
-class FoldedSelfAttention(EigenSelfAttention):
-    """Attention whose projections make and read latents directly: nothing is left to do."""
-
-    def add_projections(self, stock: Any, family: Family, eigen: EigenConfig) -> None:
-        """Projections of the latents' widths, and the key basis where keys are rebuilt."""
-        prefix = stock.attn.layer_name.rpartition(".")[0]
-        stock_output: RowParallelLinear = getattr(stock, family.o_proj)
-        hidden_size = stock_output.output_size
-        self.qkv_proj = EigenQKVLinear(
-            hidden_size,
-            self.attn.query_size,
-            self.ranks.rank_k,
-            self.ranks.rank_v,
-            eigen.num_heads,
-            eigen.num_latent_heads,
-            bias=stock.qkv_proj.bias is not None,
-            prefix=f"{prefix}.qkv_proj",
-        )
-        output = RowParallelLinear(
-            eigen.num_heads * self.ranks.rank_v,
-            hidden_size,
-            bias=stock_output.bias is not None,
-            prefix=f"{prefix}.{family.o_proj}",
-        )
-        self.add_module(family.o_proj, output)
-        if eigen.key_mode == "pre-rope":
-            self.add_basis(KEY_BASIS, (eigen.num_kv_heads, self.ranks.rank_k, eigen.head_size))
-            self.rebuild_keys()
-
-    def forward(
-        self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Attention of a decoder layer, [num_tokens, hidden] to [num_tokens, hidden]."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        query, key, value = qkv.split(list(self.qkv_proj.sizes.values()), dim=-1)
-        if self.rotary_emb is not None:
-            # vLLM's CPU kernel stores aligned vectors: rows must not begin at odd widths.
-            query, _ = self.rotary_emb(positions, query.contiguous(), None)
-        return self.project_out(self.attn(query, key, value))
-
-
-class UntouchedSelfAttention(EigenSelfAttention):
-    """Attention that keeps the stock projections, quantized or adapted as they may be.
-
-    Latents are made from what the stock module would cache: after its norms and clips, and in
-    post-rope mode after rotation.
-    """
-
-    def add_projections(self, stock: Any, family: Family, eigen: EigenConfig) -> None:
-        """The stock projections, norms and clip, and all four bases."""
-        self.qkv_proj = stock.qkv_proj
-        self.q_norm: Any = getattr(stock, "q_norm", None)
-        self.k_norm: Any = getattr(stock, "k_norm", None)
-        self.clip_qkv: float | None = getattr(stock, "clip_qkv", None)
-        self.add_module(family.o_proj, getattr(stock, family.o_proj))
-        self._widths = [
-            self.num_heads * self.head_size,
-            self.num_kv_heads * self.head_size,
-            self.num_kv_heads * self.head_size,
-        ]
-        for name, shape in basis_shapes(eigen, self.ranks).items():
-            self.add_basis(name, shape)
-        self.attn.encode = Encode(key=self.basis(KEY_ENCODER), value=self.basis(VALUE_ENCODER))
-        if eigen.key_mode == "pre-rope":
-            self.rebuild_keys()
-
-    def forward(
-        self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Attention of a decoder layer, [num_tokens, hidden] to [num_tokens, hidden]."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        if self.clip_qkv:
-            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
-        query, key, value = qkv.split(self._widths, dim=-1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query = self.q_norm(query.reshape(-1, self.head_size)).view(query.shape)
-            key = self.k_norm(key.reshape(-1, self.head_size)).view(key.shape)
-        if self.rotary_emb is not None:
-            # In a compiled graph nothing is rotated in place: only what is returned counts.
-            if self.key_mode == "post-rope":
-                query, key = self.rotary_emb(positions, query, key)
-            else:
-                query, _ = self.rotary_emb(positions, query, None)
-        if self.key_mode != "pre-rope":
-            query = _per_head(query, self.basis(KEY_BASIS).mT, self.num_heads)
-        context = self.attn(query, key, value)
-        return self.project_out(_per_head(context, self.basis(VALUE_BASIS), self.num_heads))
 
 
 def _per_head(rows: torch.Tensor, maps: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -11,9 +11,11 @@ names the Eigen architecture, and carries an `eigen` section (`EigenConfig`). Pe
     key_basis  [num_kv_heads, rank_k, head_size]         pre-rope only: k_hat = k' key_basis
 
 with `num_latent_heads = num_kv_heads / head_group`; biases follow their projection. Everything
-else is the base model's. Where keys pass through something nonlinear before they are cached (a
-norm, a clip, the rotary embedding in post-rope mode), or the base weights are to stay as they are,
-`projections` is `untouched`: q/k/v/o_proj are the base model's, and a layer adds
+else is the base model's. That is `projections` = `folded`. Where keys pass a norm or the rotary
+embedding (post-rope mode) before they are cached, no basis can be multiplied into what makes them:
+with `values-folded` q_proj and k_proj are the base model's, and the first two of the tensors below
+stand beside them. Where values pass a clip too, or the base weights are to stay as they are,
+`projections` is `untouched`: q/k/v/o_proj are the base model's, and a layer adds all four
 
     key_encoder    [num_latent_heads, head_group * head_size, rank_k]   k' = k key_encoder
     key_basis      [num_kv_heads, rank_k, head_size]                    k_hat = k' key_basis
@@ -32,7 +34,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -48,8 +50,8 @@ KEY_BASIS = "key_basis"
 VALUE_ENCODER = "value_encoder"
 VALUE_BASIS = "value_basis"
 
-Projections = Literal["folded", "untouched"]
-"""Whether the bases are multiplied into the projections or stand beside them."""
+Projections = Literal["folded", "values-folded", "untouched"]
+"""Which bases are multiplied into the projections; others stand beside them. Most folded first."""
 
 
 class LayerRanks(BaseModel):
@@ -71,7 +73,7 @@ class EigenConfig(BaseModel):
     format_version: int = Field(description="version of this format")
     key_mode: KeyMode = Field(description="what the key cache holds")
     projections: Projections = Field(
-        default="folded", description="whether the bases are multiplied into the projections"
+        default="folded", description="which bases are multiplied into the projections"
     )
     method: str = Field(description="name of the calibration method that chose the bases")
     num_heads: int = Field(ge=1, description="query heads")
@@ -90,8 +92,6 @@ class EigenConfig(BaseModel):
             raise ValueError(f"{self.num_heads} heads cannot share {self.num_kv_heads} KV heads")
         if self.num_kv_heads % self.head_group:
             raise ValueError(f"head_group {self.head_group} does not divide {self.num_kv_heads}")
-        if self.key_mode == "post-rope" and self.projections == "folded":
-            raise ValueError("key mode post-rope needs projections 'untouched'")
         full = self.head_size * self.head_group
         for index, layer in enumerate(self.layers):
             if layer.rank_k > full or layer.rank_v > full:
@@ -121,6 +121,17 @@ class EigenConfig(BaseModel):
         return self.elements_per_token / self.uncompressed_elements_per_token
 
 
+def foldable(family: Family, config: Mapping[str, Any], key_mode: KeyMode) -> Projections:
+    """The most that can be folded: nothing passes a clip, and no keys a norm or a rotation.
+
+    Args:
+        config: the base model's `config.json`.
+    """
+    if family.clips(config):
+        return "untouched"
+    return "values-folded" if family.k_norm or key_mode == "post-rope" else "folded"
+
+
 def parse_config(config: Mapping[str, Any], where: str = CONFIG_FILE) -> EigenConfig:
     """Validate the `eigen` section of a `config.json` dictionary against the rest of it.
 
@@ -146,6 +157,13 @@ def parse_config(config: Mapping[str, Any], where: str = CONFIG_FILE) -> EigenCo
         raise CheckpointError(f"{where}: {_first_problem(error)}") from error
     family = family_of(config)
     _check_fit(eigen, family, family.geometry(config), where)
+    most = foldable(family, config, eigen.key_mode)
+    order = get_args(Projections)
+    if order.index(eigen.projections) < order.index(most):
+        raise CheckpointError(
+            f"{where}: projections {eigen.projections!r} cannot be, keys of this model allow "
+            f"{most!r} in key mode {eigen.key_mode}; calibrate again"
+        )
     return eigen
 
 
@@ -219,28 +237,39 @@ def tensor_shapes(
     latent_heads = eigen.num_latent_heads
     for index, ranks in enumerate(eigen.layers):
         path = family.attention_path(index)
-        if eigen.projections == "untouched":
-            for name, shape in basis_shapes(eigen, ranks).items():
-                yield f"{path}.{name}", shape
-            continue
-        query_size = ranks.rank_k if eigen.key_mode == "folded" else eigen.head_size
-        yield f"{path}.{family.q_proj}.weight", (eigen.num_heads * query_size, hidden_size)
-        yield f"{path}.{family.k_proj}.weight", (latent_heads * ranks.rank_k, hidden_size)
-        yield f"{path}.{family.v_proj}.weight", (latent_heads * ranks.rank_v, hidden_size)
-        yield f"{path}.{family.o_proj}.weight", (hidden_size, eigen.num_heads * ranks.rank_v)
-        if eigen.key_mode == "pre-rope":
-            yield f"{path}.{KEY_BASIS}", (eigen.num_kv_heads, ranks.rank_k, eigen.head_size)
+        if eigen.projections != "untouched":
+            query_size, key_size = projected_sizes(eigen, ranks)
+            yield f"{path}.{family.q_proj}.weight", (eigen.num_heads * query_size, hidden_size)
+            yield f"{path}.{family.k_proj}.weight", (latent_heads * key_size, hidden_size)
+            yield f"{path}.{family.v_proj}.weight", (latent_heads * ranks.rank_v, hidden_size)
+            yield f"{path}.{family.o_proj}.weight", (hidden_size, eigen.num_heads * ranks.rank_v)
+        for name, shape in basis_shapes(eigen, ranks).items():
+            yield f"{path}.{name}", shape
+
+
+def projected_sizes(eigen: EigenConfig, ranks: LayerRanks) -> tuple[int, int]:
+    """What a layer's projections make of the hidden state, not being untouched.
+
+    Returns:
+        The width of a query head, and of the keys of a latent head.
+    """
+    if eigen.projections == "values-folded":
+        return eigen.head_size, eigen.head_group * eigen.head_size
+    return ranks.rank_k if eigen.key_mode == "folded" else eigen.head_size, ranks.rank_k
 
 
 def basis_shapes(eigen: EigenConfig, ranks: LayerRanks) -> dict[str, tuple[int, int, int]]:
-    """Shapes of a layer's bases where the projections are untouched, by name."""
+    """Shapes of the bases that stand beside a layer's projections, by name."""
     full = eigen.head_group * eigen.head_size
-    return {
-        KEY_ENCODER: (eigen.num_latent_heads, full, ranks.rank_k),
-        KEY_BASIS: (eigen.num_kv_heads, ranks.rank_k, eigen.head_size),
-        VALUE_ENCODER: (eigen.num_latent_heads, full, ranks.rank_v),
-        VALUE_BASIS: (eigen.num_kv_heads, ranks.rank_v, eigen.head_size),
-    }
+    shapes = {}
+    if eigen.projections != "folded":
+        shapes[KEY_ENCODER] = eigen.num_latent_heads, full, ranks.rank_k
+    if eigen.projections != "folded" or eigen.key_mode == "pre-rope":
+        shapes[KEY_BASIS] = eigen.num_kv_heads, ranks.rank_k, eigen.head_size
+    if eigen.projections == "untouched":
+        shapes[VALUE_ENCODER] = eigen.num_latent_heads, full, ranks.rank_v
+        shapes[VALUE_BASIS] = eigen.num_kv_heads, ranks.rank_v, eigen.head_size
+    return shapes
 
 
 def validate(folder: Path) -> EigenConfig:

@@ -64,9 +64,9 @@ class Family:
         """Key-cache modes the family allows, the default first."""
         return ("pre-rope", "post-rope") if self.rotary else ("folded",)
 
-    def untouched(self, config: Mapping[str, Any]) -> bool:
-        """Whether keys pass a norm or a clip, so that no basis can be folded into projections."""
-        return bool(self.k_norm) or bool(_field(config, "attn_config.clip_qkv"))
+    def clips(self, config: Mapping[str, Any]) -> bool:
+        """Whether queries, keys and values are clipped once projected."""
+        return bool(_field(config, "attn_config.clip_qkv"))
 
     def attention_path(self, layer: int) -> str:
         """Dotted path of a layer's attention module, e.g. `model.layers.3.self_attn`."""

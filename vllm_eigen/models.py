@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from vllm_eigen.attention import FoldedSelfAttention, UntouchedSelfAttention
+from vllm_eigen.attention import EigenSelfAttention
 from vllm_eigen.checkpoint import EigenConfig, parse_config, validate
 from vllm_eigen.errors import UsageError
 from vllm_eigen.families import FAMILIES, Family
@@ -25,14 +25,14 @@ def replace_attention(model: nn.Module, family: Family, vllm_config: VllmConfig)
     """Put Eigen attention into every decoder layer this pipeline stage holds."""
     eigen = eigen_config(vllm_config)
     check_supported(eigen, vllm_config)
-    replacement = FoldedSelfAttention if eigen.projections == "folded" else UntouchedSelfAttention
     layers: Any = model.get_submodule(f"{family.decoder}.{family.layers}")
     for index, layer in enumerate(layers):
         if isinstance(layer, PPMissingLayer):
             continue
         stock = getattr(layer, family.attention)
         forget_layer(vllm_config, stock.attn)
-        setattr(layer, family.attention, replacement(stock, family, eigen, index, vllm_config))
+        made = EigenSelfAttention(stock, family, eigen, index, vllm_config)
+        setattr(layer, family.attention, made)
 
 
 def eigen_config(vllm_config: VllmConfig) -> EigenConfig:
@@ -54,12 +54,18 @@ def check_supported(eigen: EigenConfig, vllm_config: VllmConfig) -> None:
     Raises:
         UsageError: names the option and what to use instead.
     """
-    if vllm_config.lora_config is not None and eigen.projections == "folded":
+    if vllm_config.lora_config is not None and eigen.projections != "untouched":
         raise UsageError(
             "LoRA adapters are trained on the base projections, which a folded checkpoint no "
             "longer has; serve the base model with --eigen-bases instead"
         )
     tp_size = vllm_config.parallel_config.tensor_parallel_size
+    apart = eigen.projections == "untouched" and eigen.head_group > 1
+    if apart and eigen.num_latent_heads % tp_size:
+        raise UsageError(
+            f"{eigen.num_latent_heads} latent heads of {eigen.head_group} KV heads cannot be split "
+            f"over {tp_size} ranks beside untouched projections; calibrate with --head-group 1"
+        )
     for name, heads in (
         ("query heads", eigen.num_heads),
         ("KV heads", eigen.num_kv_heads),

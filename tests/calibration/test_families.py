@@ -109,7 +109,7 @@ def test_calibrates(
     assert status == 0, error
     eigen = validate(output)
     assert abs(eigen.kv_ratio - 0.75) < 0.05
-    assert eigen.projections == ("untouched" if kind == "qwen3" else "folded")
+    assert eigen.projections == ("values-folded" if kind == "qwen3" else "folded")
     if kind != "qwen2":  # transformers insists on Qwen's own tokenizer there
         status, _, error = command("evaluate", output, "--text", text_file)
         assert status == 0, error

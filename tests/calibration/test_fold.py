@@ -152,6 +152,7 @@ def test_keys_cached_after_rotation(
     model = build_model(kind)
     base = save_model(model, tmp_path / "base")
     output, bases = folded(base, tmp_path / "eigen", ranks, key_mode="post-rope")
+    assert validate(output).projections == "values-folded"
     tokens = torch.randint(3, 60, (2, 24))
     with torch.no_grad():
         exact = model.double()(tokens).logits
@@ -166,7 +167,7 @@ def test_keys_cached_after_rotation(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    kind=st.sampled_from(["llama", "opt"]),
+    kind=st.sampled_from(["llama", "qwen3", "opt"]),
     heads=st.sampled_from([(2, 1, 1), (4, 2, 2), (4, 4, 2), (4, 4, 4), (6, 3, 3)]),
     size=st.sampled_from([4, 6, 8]),
     data=st.data(),
@@ -180,6 +181,7 @@ def test_groups_of_heads_fold_and_unfold(
 ) -> None:
     num_heads, kv_heads, group = heads
     changes: dict[str, Any] = {"num_attention_heads": num_heads}
+    key_mode = None
     if kind == "opt":
         kv_heads = num_heads
         width = num_heads * size
@@ -188,13 +190,14 @@ def test_groups_of_heads_fold_and_unfold(
             return
     else:
         changes |= {"num_key_value_heads": kv_heads, "head_dim": size, "hidden_size": 24}
+        key_mode = data.draw(st.sampled_from(["pre-rope", "post-rope"]))
     full = size * group
     rank = st.integers(1, full)
     ranks = [(data.draw(rank), data.draw(rank)) for _ in range(2)]
     folder = tmp_path_factory.mktemp("group")
     model = build_model(kind, **changes)
     base = save_model(model, folder / "base")
-    output, bases = folded(base, folder / "eigen", ranks, group)
+    output, bases = folded(base, folder / "eigen", ranks, group, key_mode=key_mode)
     tokens = torch.randint(3, 60, (1, 12))
     expected = compressed_logits(model, base, bases, output, tokens)
     with torch.no_grad():

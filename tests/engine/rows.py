@@ -151,7 +151,7 @@ ROWS = (
     Row("mistral", "pre-rope", WINDOW),
     Row("mistral", "post-rope", WINDOW, POST),
     Row("qwen2", "pre-rope"),
-    Row("qwen2", "post-rope", options=POST),
+    Row("qwen2", "post-rope-groups", options=(*POST, *GROUPS)),
     Row("qwen3", "pre-rope"),
     Row("qwen3", "post-rope", options=POST),
 )

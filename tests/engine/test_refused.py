@@ -20,12 +20,11 @@ def _mpt(**changes: Any) -> Callable[[], Any]:
     return lambda: family_of(config).geometry(config)
 
 
-def _ranks(heads: int, kv_heads: int, tp_size: int) -> Callable[[], Any]:
+def _ranks(heads: int, kv_heads: int, tp_size: int, **changes: Any) -> Callable[[], Any]:
     from vllm_eigen.models import check_supported
 
-    eigen = EigenConfig.model_construct(
-        num_heads=heads, num_kv_heads=kv_heads, head_group=1, projections="folded"
-    )
+    shape = {"head_group": 1, "projections": "folded", **changes}
+    eigen = EigenConfig.model_construct(num_heads=heads, num_kv_heads=kv_heads, **shape)
     parallel = SimpleNamespace(tensor_parallel_size=tp_size)
     config: Any = SimpleNamespace(lora_config=None, parallel_config=parallel)
     return lambda: check_supported(eigen, config)
@@ -79,6 +78,12 @@ def _refused(name: str, call: Callable[[], Any], error: type[EigenError], messag
             _ranks(12, 3, 4),
             UsageError,
             "3 KV heads cannot be split over 4 ranks",
+        ),
+        _refused(
+            "bases-only with groups of KV heads that ranks cannot share",
+            _ranks(4, 4, 4, head_group=2, projections="untouched"),
+            UsageError,
+            "2 latent heads of 2 KV heads cannot be split over 4 ranks",
         ),
     ],
 )

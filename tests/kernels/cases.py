@@ -42,6 +42,7 @@ class Case:
     k_scale: float = 1.0
     v_scale: float = 1.0
     encoded_size: int = 0  # width of what is encoded when written; 0 writes latents
+    encodes_values: bool = True  # or keys alone
     seed: int = 0
 
     @property
@@ -123,18 +124,14 @@ def make(case: Case) -> Problem:
             (normal(case.num_kv_heads, size, rank) / math.sqrt(size)).to(case.dtype)
             for rank in (case.rank_k, case.rank_v)
         ]
-        encode = Encode(*bases)
-        written = [
-            (
-                normal(n, case.num_kv_heads, size).to(case.dtype),
-                normal(n, case.num_kv_heads, size).to(case.dtype),
-            )
-            for n in lengths
-        ]
-        keys, values = (
-            [_through(rows[part], bases[part]).to(case.dtype) for rows in written]
-            for part in (0, 1)
-        )
+        wholes = [normal(n, case.num_kv_heads, size).to(case.dtype) for n in 2 * lengths]
+        count = len(lengths)
+        keys = [_through(rows, bases[0]).to(case.dtype) for rows in wholes[:count]]
+        if case.encodes_values:
+            values = [_through(rows, bases[1]).to(case.dtype) for rows in wholes[count:]]
+        encode = Encode(bases[0], bases[1] if case.encodes_values else None)
+        of_values = wholes[count:] if case.encodes_values else values
+        written = list(zip(wholes[:count], of_values, strict=True))
     return Problem(
         case=case,
         query=normal(int(starts[-1]) + 1, case.num_heads, case.query_size).to(case.dtype),
@@ -289,6 +286,11 @@ def _rotary_keys(problem: Problem, latents: Array, positions: Array, head: int) 
 
 def tolerance(case: Case) -> float:
     """Largest error allowed, absolute, against values of size about one."""
-    return {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[
-        case.dtype
-    ] * max(1.0, case.v_scale)
+    limits = {
+        torch.float64: 1e-12,
+        torch.float32: 2e-5,
+        torch.float16: 4e-3,
+        # Keys may be rebuilt in bfloat16: one more rounding, which large scores make larger.
+        torch.bfloat16: 5e-2 if case.rebuild else 3e-2,
+    }
+    return limits[case.dtype] * max(1.0, case.v_scale)

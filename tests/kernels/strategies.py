@@ -49,5 +49,6 @@ def cases(
         k_scale=draw(scales),
         v_scale=draw(scales),
         encoded_size=draw(sizes),
+        encodes_values=draw(st.booleans()),
         seed=draw(st.integers(0, 2**20)),
     )

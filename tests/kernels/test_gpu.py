@@ -222,10 +222,17 @@ def test_stores_fp8_as_torch_does(cache_dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("encodes_values", [True, False])
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.uint8])
-def test_encodes_into_fp8(cache_dtype: torch.dtype) -> None:
+def test_encodes_into_fp8(cache_dtype: torch.dtype, encodes_values: bool) -> None:
     """As torch rounds the float32 products, but for those beside the middle of two values."""
-    case = Case(rank_k=20, rank_v=33, sequences=((90, 1),), encoded_size=48)
+    case = Case(
+        rank_k=20,
+        rank_v=33,
+        sequences=((90, 1),),
+        encoded_size=48,
+        encodes_values=encodes_values,
+    )
     problem = make(case)
     [(key, value)] = problem.written
     cache = torch.zeros(6, 2, 16, 53, dtype=cache_dtype)

@@ -44,9 +44,10 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize("name", CASES)
 def test_fits_hopper(compiled: dict[str, list[dict[str, Any]]], name: str) -> None:
     kernels = compiled[name]
-    assert [k["name"] for k in kernels] == ["write", "encode", "attend", "merge", "attend"]
+    names = [k["name"] for k in kernels]
+    assert names == ["write", "encode", "encode", "attend", "merge", "attend"]
     assert all(k["shared_bytes"] <= HOPPER_SHARED_BYTES for k in kernels), kernels
-    _, encode, decode, _, prefill = kernels
+    _, encode, _, decode, _, prefill = kernels
     assert encode["wgmma"] > 0
     assert decode["wgmma"] > 0
     assert prefill["wgmma"] > 0
@@ -116,10 +117,11 @@ def _compile_all() -> dict[str, list[dict[str, Any]]]:
         slots = torch.zeros(64, dtype=torch.int64)
         kernels.write_cache(key, value, cache, slots)
         whole = torch.zeros(64, kv_heads, group * 128, dtype=dtype)
-        encoders = (
+        encoders = [
             torch.zeros(kv_heads, group * 128, rank, dtype=dtype) for rank in (rank_k, rank_v)
-        )
+        ]
         kernels.write_cache(whole, whole, cache, slots, encode=Encode(*encoders))
+        kernels.write_cache(whole, value, cache, slots, encode=Encode(encoders[0], None))
         kernels.attend(
             torch.zeros(64, heads, head_size or rank_k, dtype=dtype),
             cache,

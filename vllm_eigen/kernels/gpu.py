@@ -107,7 +107,7 @@ class GpuKernels:
                 key,
                 value,
                 encode.key,
-                encode.value,
+                encode.key if encode.value is None else encode.value,
                 *places,
                 num_tokens,
                 *strides,
@@ -116,6 +116,7 @@ class GpuKernels:
                 **shape,
                 key_size=key.shape[2],
                 value_size=value.shape[2],
+                encodes_values=encode.value is not None,
                 block_tokens=_ENCODED_TOKENS,
                 block_size=min(64, padded(max(key.shape[2], value.shape[2]))),
                 block_rank=max(MIN_DOT, block_rank),
@@ -333,12 +334,17 @@ def _check_write(
     _require(is_fp8 or key.dtype == value.dtype == pages.dtype, "dtype of latents and cache")
     rank_k, rank_v = key.shape[2], value.shape[2]
     if encode is not None:
-        for rows, basis in ((key, encode.key), (value, encode.value)):
-            _require(basis.shape[:2] == rows.shape[1:], "bases of key and value")
-            _require(basis.is_contiguous() and basis.dtype == rows.dtype, "layout of the bases")
-        rank_k, rank_v = encode.key.shape[2], encode.value.shape[2]
+        rank_k = _check_basis(encode.key, key)
+        rank_v = rank_v if encode.value is None else _check_basis(encode.value, value)
     _require(rank_k + rank_v == pages.shape[3], "ranks of key, value and cache")
     return rank_k, rank_v
+
+
+def _check_basis(basis: torch.Tensor, rows: torch.Tensor) -> int:
+    """The rank of the latents that it makes of rows."""
+    _require(basis.shape[:2] == rows.shape[1:], "bases of key and value")
+    _require(basis.is_contiguous() and basis.dtype == rows.dtype, "layout of the bases")
+    return basis.shape[2]
 
 
 def _check(

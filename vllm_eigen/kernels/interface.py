@@ -58,16 +58,19 @@ class Rebuild:
 class Encode:
     """How keys and values become latents, where the projections do not make them: x' = x @ basis.
 
-    key: `[num_kv_heads, key_size, rank_k]`; value: `[num_kv_heads, value_size, rank_v]`.
+    key: `[num_kv_heads, key_size, rank_k]`.
+    value: `[num_kv_heads, value_size, rank_v]`, or None where values come as latents.
     """
 
     key: torch.Tensor
-    value: torch.Tensor
+    value: torch.Tensor | None
 
     def latents(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[num_tokens, num_kv_heads, size]` to `[.., rank]`, both."""
-        heads_first = key.transpose(0, 1) @ self.key, value.transpose(0, 1) @ self.value
-        return heads_first[0].transpose(0, 1), heads_first[1].transpose(0, 1)
+        key = (key.transpose(0, 1) @ self.key).transpose(0, 1)
+        if self.value is not None:
+            value = (value.transpose(0, 1) @ self.value).transpose(0, 1)
+        return key, value
 
 
 class Kernels(Protocol):
@@ -102,8 +105,8 @@ class Kernels(Protocol):
     ) -> None:
         """Store `key [num_tokens, num_kv_heads, rank_k]` and `value [.., rank_v]` in their slots.
 
-        With `encode` they are `[num_tokens, num_kv_heads, size]`, and what it makes of them is
-        stored.
+        With `encode` they are `[num_tokens, num_kv_heads, size]`, those that it has a basis for,
+        and what it makes of them is stored.
         slot_mapping: int64 `[num_tokens]`, block * block_size + offset; negative slots are
         padding and skipped. It may be shorter than key (vLLM pads the batch).
         Raises KernelError for shapes and dtypes that do not fit.

@@ -78,6 +78,7 @@ def encode_latents(
     v_scale,
     key_size: tl.constexpr,
     value_size: tl.constexpr,
+    encodes_values: tl.constexpr,
     rank_k: tl.constexpr,
     rank_v: tl.constexpr,
     page_size: tl.constexpr,
@@ -88,7 +89,8 @@ def encode_latents(
     precision: tl.constexpr,
 ):
     """key `[num_tokens, num_heads, key_size]` @ key_basis `[num_heads, key_size, rank_k]`, and the
-    same of values, into token-major pages; bases are contiguous.
+    same of values, into token-major pages; bases are contiguous. Without encodes_values values are
+    latents, and value_basis is not read.
 
     Program (tokens, head, keys or values). The products are added in float32 and rounded once.
     """
@@ -112,6 +114,7 @@ def encode_latents(
             block_rank,
             fp8_limit,
             precision,
+            True,
         )
     else:
         _encode(
@@ -132,6 +135,7 @@ def encode_latents(
             block_rank,
             fp8_limit,
             precision,
+            encodes_values,
         )
 
 
@@ -154,24 +158,33 @@ def _encode(
     block_rank: tl.constexpr,
     fp8_limit: tl.constexpr,
     precision: tl.constexpr,
+    encodes: tl.constexpr,
 ):
-    """Some tokens' rows `[block_tokens, size]` of one head through its basis `[size, rank]`."""
+    """Some tokens' rows `[block_tokens, size]` of one head through its basis `[size, rank]`, or as
+    they are."""
     token = tl.program_id(0).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
     column = tl.arange(0, block_rank)
-    latents = tl.zeros((block_tokens, block_rank), tl.float32)
-    for start in tl.range(0, size, block_size):
-        part = start + tl.arange(0, block_size)
-        x = tl.load(
-            rows + token[:, None] * stride_token + part[None, :],
-            mask=(token[:, None] < num_tokens) & (part[None, :] < size),
+    if encodes:
+        latents = tl.zeros((block_tokens, block_rank), tl.float32)
+        for start in tl.range(0, size, block_size):
+            part = start + tl.arange(0, block_size)
+            x = tl.load(
+                rows + token[:, None] * stride_token + part[None, :],
+                mask=(token[:, None] < num_tokens) & (part[None, :] < size),
+                other=0.0,
+            )
+            maps = tl.load(
+                basis + part[:, None] * rank + column[None, :],
+                mask=(part[:, None] < size) & (column[None, :] < rank),
+                other=0.0,
+            )
+            latents = tl.dot(x, maps, latents, input_precision=precision)
+    else:
+        latents = tl.load(
+            rows + token[:, None] * stride_token + column[None, :],
+            mask=(token[:, None] < num_tokens) & (column[None, :] < rank),
             other=0.0,
         )
-        maps = tl.load(
-            basis + part[:, None] * rank + column[None, :],
-            mask=(part[:, None] < size) & (column[None, :] < rank),
-            other=0.0,
-        )
-        latents = tl.dot(x, maps, latents, input_precision=precision)
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1).to(tl.int64)
     place = (slot // page_size) * stride_block + (slot % page_size) * width
     mask = (slot[:, None] >= 0) & (column[None, :] < rank)
