@@ -6,31 +6,12 @@
 // batch, with any number of threads, and whether its prompt came in one piece or several.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "absorb.h"
+#include "scratch.h"
 
 namespace eigen {
-
-// Memory that a thread keeps between calls: fresh pages would cost more than small batches do.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  void* take(size_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = (bytes + 4095) / 4096 * 4096;
-      memory_ = std::aligned_alloc(64, size_);
-    }
-    return memory_;
-  }
-
- private:
-  void* memory_ = nullptr;
-  size_t size_ = 0;
-};
 
 struct Item {
   int seq, head;   // head: KV head, or rebuilt head
@@ -271,7 +252,7 @@ class Attention {
           F x{};
           if (order) {
             for (int k = 0; k < n; ++k)
-              x[k] = order[d + k] < 0 ? 0.0f : widen_first(type, a.query, base + order[d + k], 1)[0];
+              if (order[d + k] >= 0) x[k] = widen_first(type, a.query, base + order[d + k], 1)[0];
           } else {
             x = widen_first(type, a.query, base + d, n);
           }
@@ -285,6 +266,13 @@ class Attention {
       const Page<E>& l = o_.layout_;
       return {l.keys(page, 0, inside), l.has_single() ? l.single(page, inside) : nullptr,
               l.key_stride(), l.full_units(), tokens};
+    }
+
+    // K of the page that holds `position`, from there on; empty past the sequence.
+    KeyRun<E> run_from(const Item& item, int position) const {
+      if (position >= o_.a_.seq_lens[item.seq]) return {};
+      const int inside = position % o_.layout_.block_size;
+      return key_run(page_of(item, position), inside, o_.layout_.block_size - inside);
     }
 
     Values value_run(const Storage* page, int inside) const {
@@ -317,7 +305,7 @@ class Attention {
                   rebuild_keys<E>(r, item.head, planes_rebuilt(item), k_scale,
                                   key_run(page, inside, end - begin), chunk * kChunk + begin,
                                   keys_ + begin * Keys::pack, kChunk * Keys::pack, panel_,
-                                  value_run(page, inside),
+                                  value_run(page, inside), run_from(item, chunk * kChunk + end),
                                   [&](const KeyRun<Keys>& latents, int t) {
                                     if (absorbed == 0) return;
                                     const int units = latents.units + (latents.single != nullptr);
@@ -358,11 +346,12 @@ class Attention {
         const float slope = a.alibi_slopes ? a.alibi_slopes[query_head(item, row + i)] : 0.0f;
         const RowScores options{static_cast<float>(a.scale) * k_scale,
                                 static_cast<float>(a.soft_cap), slope, at, first, at + 1};
-        states[i] = weigh<E>(options, scores_ + i * kChunk, weights_ + i * kChunk / E::pack, begin, end);
+        states[i] = weigh<E>(options, scores_ + i * kChunk, weights_ + i * kChunk / E::pack,
+                             begin, end);
       }
       std::fill_n(values, static_cast<size_t>(rows) * padded, 0.0f);
-      each_page(item, chunk, b.begin, b.end, [&](const Storage* page, int inside, int from, int to) {
-        add_value_run<E>(weights_, rows, o_.layout_, page, inside, from, to, values, padded, edge_);
+      each_page(item, chunk, b.begin, b.end, [&](const Storage* page, int in, int from, int to) {
+        add_value_run<E>(weights_, rows, o_.layout_, page, in, from, to, values, padded, edge_);
       });
     }
 

@@ -116,8 +116,8 @@ void add_value_run(const uint32_t* weights, int rows, const Page<E>& layout,
       edge[2 * d + kept] = row[2 * d + kept];
       edge[2 * d + 1 - kept] = 0;
     }
-    add_values<E>(weights + token / 2, kUnits, rows, edge, layout.value_stride(), 1, layout.rank_v, out,
-                  padded);
+    add_values<E>(weights + token / 2, kUnits, rows, edge, layout.value_stride(), 1,
+                  layout.rank_v, out, padded);
   };
   int first = begin, last = end;
   if constexpr (E::pack == 2) {

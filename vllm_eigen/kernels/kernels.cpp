@@ -7,7 +7,13 @@ namespace {
 using namespace eigen;
 
 // Codes of cpu.py.
-enum Problem { kFine = 0, kUnknownType = 1, kTableTooShort = 2, kOutsideCache = 3, kRowTooShort = 4 };
+enum Problem {
+  kFine = 0,
+  kUnknownType = 1,
+  kTableTooShort = 2,
+  kOutsideCache = 3,
+  kRowTooShort = 4
+};
 
 template <class Fn>
 int with_element(int64_t type, Fn&& f) {

@@ -126,12 +126,13 @@ inline void fetch_values(const Values& values, int token, int tokens, Part part)
 // The first `planes` planes of the keys of rebuilt head `head` from `latents`, the first of which
 // sits at `position` in its sequence, into `keys` (rows of row_stride). `panel`: scratch of
 // [rank_k][kPanelTokens]. also(run, t) may use the latents of each panel, the first of which is
-// token t, while they are at hand.
+// token t, while they are at hand. `values` and `next`, the latents of the page after this, are
+// read later.
 template <class E, class Fn>
 void rebuild_keys(const RebuildArgs& a, int head, int planes, float k_scale,
                   const KeyRun<E>& latents, int64_t position,
                   typename E::Rebuilt::Storage* keys, int64_t row_stride, float* panel,
-                  const Values& values, Fn&& also) {
+                  const Values& values, const KeyRun<E>& next, Fn&& also) {
   using K = typename E::Rebuilt;
   constexpr int most_vectors = kPanelTokens / W, most_planes = kAccumulators / most_vectors / 2;
   const auto block = [&](auto vectors, int t) {
@@ -145,10 +146,11 @@ void rebuild_keys(const RebuildArgs& a, int head, int planes, float k_scale,
       rebuild_planes<K, decltype(count)::value, NV>(a, basis, offset, k_scale, run, position + t,
                                                     plane, out, row_stride);
     };
+    const bool is_last = t + NV * W >= latents.tokens;
     int plane = 0;
     for (; plane + most_planes <= planes; plane += most_planes) {
       const Part part{plane, plane + most_planes, planes};
-      fetch_latents(latents, t + NV * W, NV * W, part);
+      fetch_latents(is_last ? next : latents, is_last ? 0 : t + NV * W, NV * W, part);
       fetch_values(values, t, NV * W, part);
       some(Const<most_planes>{}, plane);
     }
