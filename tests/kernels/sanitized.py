@@ -57,9 +57,8 @@ def main(isa: str, count: int) -> None:
         case = random_case(seed)
         problem = make(case)
         found = run(kernels, problem).double().numpy()
-        np.testing.assert_allclose(
-            found, expected(problem), atol=tolerance(case), err_msg=str(case)
-        )
+        limit = tolerance(case, rounds_keys=isa == "avx512bf16")
+        np.testing.assert_allclose(found, expected(problem), atol=limit, err_msg=str(case))
     print("clean")
 
 

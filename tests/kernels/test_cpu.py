@@ -36,7 +36,8 @@ def kernels(isa: str = ISAS[0]) -> Kernels:
 def test_agrees_with_float64(isa: str, case: Case) -> None:
     problem = make(case)
     found = run(kernels(isa), problem, free_outside_window=True)
-    np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=tolerance(case))
+    limit = tolerance(case, rounds_keys=isa == "avx512bf16")
+    np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=limit)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def pairs() -> Kernels:
 def test_keys_rebuilt_in_pairs(pairs: Kernels, case: Case) -> None:
     problem = make(case)
     found = run(pairs, problem, free_outside_window=True)
-    np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=tolerance(case))
+    limit = tolerance(case, rounds_keys=True)
+    np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=limit)
 
 
 @pytest.mark.parametrize("isa", ISAS)
