@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_eigen.kernels import Kernels, Rebuild, ScoreOptions
+from vllm_eigen.kernels.planes import latent_order, staircase
 from vllm_eigen.kernels.reference import ReferenceKernels
 
 BLOCK_SIZE = 128
@@ -211,6 +212,8 @@ class _Batch:
 
 def _rebuild(point: Point, generator: torch.Generator) -> Rebuild:
     basis = torch.randn(point.kv_heads, point.rank_k, point.head_size, generator=generator)
+    # As calibration writes it.
+    _, basis = staircase(basis, latent_order(point.head_size, point.head_size, heads=1))
     half = point.head_size // 2
     frequency = ROTARY_BASE ** (-torch.arange(half) / half)
     angle = torch.arange(point.context)[:, None] * frequency

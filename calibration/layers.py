@@ -7,6 +7,7 @@ so layers do not depend on each other's ranks and the pass is made once, whateve
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from calibration.taps import capture, compress
 from vllm_eigen.checkpoint import LayerRanks
 from vllm_eigen.errors import InputError
 from vllm_eigen.families import KeyMode
+from vllm_eigen.kernels.planes import latent_order
 
 PROBE_TOKENS = 2048
 """Tokens on which layer errors are measured: whole windows, at least two."""
@@ -118,8 +120,8 @@ class LayerPass:
     def _bases(self, index: int, layer: nn.Module, moments: Moments) -> LayerBases:
         o_proj = layer.get_submodule(f"{self._family.attention}.{self._family.o_proj}").weight
         assert isinstance(o_proj, torch.Tensor)
-        size = self._geometry.head_size
-        return self._method.bases(
+        size, frequencies = self._geometry.head_size, self._skeleton.inverse_frequencies()
+        bases = self._method.bases(
             Layer(
                 index=index,
                 geometry=self._geometry,
@@ -127,6 +129,10 @@ class LayerPass:
                 o_proj=o_proj.detach().cpu().double().reshape(o_proj.shape[0], -1, size),
                 key_mode=self._key_mode,
                 head_group=self._head_group,
-                inverse_frequencies=self._skeleton.inverse_frequencies(),
+                inverse_frequencies=frequencies,
             )
         )
+        if self._key_mode != "pre-rope" or frequencies is None:
+            return bases
+        order = latent_order(size, 2 * len(frequencies), self._head_group)
+        return replace(bases, key=replace(bases.key, order=order))

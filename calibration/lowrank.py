@@ -217,7 +217,8 @@ class _Beside(nn.Module):
     ) -> None:
         super().__init__()
         self._keep, self._head_size = keep, head_size
-        self._maps = nn.ParameterList(maps)
+        encoder, decoder = (nn.Parameter(part) for part in maps)
+        self._maps = nn.ParameterList((encoder, _keeping_zeros(decoder)))
 
     def put_into(self, attention: nn.Module) -> dict[str, nn.Module]:
         """No module changes its place."""
@@ -268,13 +269,20 @@ class _Latent(_Rows):
     ) -> None:
         super().__init__(rows)
         self._cache = cache
-        self.basis = nn.Parameter(basis.float().contiguous())
+        self.basis = _keeping_zeros(nn.Parameter(basis.float().contiguous()))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] to [..., num_kv_heads * head_size]."""
         latents = self._cache(super().forward(hidden).unflatten(-1, self._shape))
         heads = latents.repeat_interleave(len(self.basis) // self._shape[0], dim=-2)
         return torch.einsum("...jr,jrd->...jd", heads, self.basis).flatten(-2)
+
+
+def _keeping_zeros(basis: nn.Parameter) -> nn.Parameter:
+    """The same basis; what is zero of it stays so in training, for kernels need not read it."""
+    present = basis.detach() != 0
+    basis.register_hook(lambda gradient: gradient * present.to(gradient.device))
+    return basis
 
 
 class _Fused(nn.Module):

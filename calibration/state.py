@@ -24,7 +24,7 @@ from calibration.ranks import ErrorCurve
 from vllm_eigen.errors import OutputError
 from vllm_eigen.files import atomic_file
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)

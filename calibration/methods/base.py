@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 
 from vllm_eigen.families import Geometry, KeyMode
+from vllm_eigen.kernels.planes import staircase
 
 RankRule = Literal["algorithm-1", "global"]
 """How a method likes its ranks chosen: the paper's per-layer thresholds, or one byte budget for
@@ -161,6 +162,9 @@ class Basis:
             V of this method, [latent_size + 1], non-increasing, `loss[latent_size] = 0`.
         mixed: scalar bool, whether truncated latents are rotated so that all are alike, which
             suits a quantized cache and changes nothing else.
+        order: int64, the elements of a latent head from the one that should need the fewest
+            latents to the one that may need all, [latent_size]; empty if all may. Truncated latents
+            are rotated to that end, which changes nothing else (`vllm_eigen.kernels.planes`).
     """
 
     encoder: torch.Tensor
@@ -168,6 +172,7 @@ class Basis:
     energy: torch.Tensor
     loss: torch.Tensor
     mixed: torch.Tensor = field(default_factory=lambda: torch.tensor(False))
+    order: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
     def full_rank(self) -> int:
@@ -177,13 +182,17 @@ class Basis:
     def at(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Encoder [num_latent_heads, latent_size, rank] and decoder [.., rank, latent_size].
 
-        At full rank both are the identity: every basis spans the whole space then, and this one
-        adds no rounding.
+        At full rank both are the identity, its rows in `order`: every basis spans the whole space
+        then, and this one adds no rounding.
         """
         if rank == self.full_rank:
-            unit = torch.eye(rank, dtype=self.encoder.dtype).expand_as(self.encoder).contiguous()
-            return unit, unit
+            unit = torch.eye(rank, dtype=self.encoder.dtype)
+            unit = (unit[self.order] if len(self.order) else unit).expand_as(self.encoder)
+            return unit.mT.contiguous(), unit.contiguous()
         encoder, decoder = self.encoder[:, :, :rank], self.decoder[:, :rank, :]
+        if len(self.order):
+            rotation, decoder = staircase(decoder, self.order)
+            return encoder @ rotation, decoder
         if not self.mixed:
             return encoder, decoder
         rotation = hartley(rank).to(encoder)
@@ -197,6 +206,7 @@ class Basis:
             "energy": self.energy,
             "loss": self.loss,
             "mixed": self.mixed,
+            "order": self.order,
         }
 
 

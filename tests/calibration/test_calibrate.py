@@ -12,10 +12,42 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.calibration.tiny import read_config
-from vllm_eigen.checkpoint import validate
+from vllm_eigen.checkpoint import KEY_BASIS, validate
 
 Command = Callable[..., tuple[int, str, str]]
 SMALL = ("--samples", 12, "--seq-len", 24, "--method", "paper")
+
+
+@pytest.mark.parametrize(
+    ("method", "group"), [("paper", 1), ("sensitivity", 1), ("sensitivity", 2)]
+)
+@pytest.mark.parametrize("kv_ratio", [1.0, 0.6])
+def test_fast_planes_of_rotary_keys_read_few_latents(
+    method: str,
+    group: int,
+    kv_ratio: float,
+    make_model: Callable[..., Path],
+    text_file: Path,
+    tmp_path: Path,
+    command: Command,
+) -> None:
+    model, output = make_model("llama", head_dim=8), tmp_path / "out"
+    status, _, error = command(
+        *("calibrate", model, "--output", output, "--kv-ratio", kv_ratio, "--text", text_file),
+        *(*SMALL, "--method", method, "--head-group", group),
+    )
+    assert status == 0, error
+    found = [
+        tensor
+        for name, tensor in load_file(output / "model.safetensors").items()
+        if name.endswith(KEY_BASIS)
+    ]
+    assert len(found) == 2
+    for basis in found:  # [2 KV heads, rank_k, 8]; planes are (0, 4), (1, 5), ..
+        for plane in range(4):
+            rows = basis[:, :, [plane, plane + 4]]
+            assert rows.any()
+            assert not rows[:, 2 * group * (plane + 1) :].any()
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])

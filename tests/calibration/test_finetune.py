@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from calibration.unfold import load_reference
 from tests.calibration.test_fp8 import calibrated
 from tests.calibration.tiny import WORDS, build_model
-from vllm_eigen.checkpoint import validate
+from vllm_eigen.checkpoint import KEY_BASIS, validate
 
 Command = Callable[..., tuple[int, str, str]]
 CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -79,6 +79,9 @@ def test_loss_falls_and_the_format_stays(
     frozen = [name for name, old in load_file(folder / "model.safetensors").items()
               if torch.equal(old, changed[name])]  # fmt: skip
     assert any("embed" in name or "wte" in name for name in frozen)
+    for name, old in load_file(folder / "model.safetensors").items():
+        if name.endswith(KEY_BASIS):
+            assert torch.equal(old == 0, changed[name] == 0)
     if "post-rope" in options:
         assert any("q_proj" in name for name in frozen)
 

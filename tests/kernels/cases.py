@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vllm_eigen.kernels import Encode, Kernels, Rebuild, ScoreOptions
+from vllm_eigen.kernels.planes import plane_order
 
 Array = np.ndarray
 
@@ -35,6 +36,7 @@ class Case:
     rotary_dim: int = 8
     rope_base: float | None = None  # None: planes of random speeds, a table of the case's dtype
     is_neox_style: bool = True
+    staircase: bool = False  # the j-th dimension, planes in their order, reads j + 1 latents
     offset: bool = False
     alibi: bool = False
     window: int | None = None
@@ -107,10 +109,13 @@ def make(case: Case) -> Problem:
         angles = torch.arange(positions)[:, None] * speeds.double()
         cos, sin = angles.cos().to(digits), angles.sin().to(digits)
         rotary = (cos.double().numpy(), sin.double().numpy())
+        basis = normal(heads, case.rank_k, case.head_size) / math.sqrt(case.rank_k)
+        if case.staircase:
+            order = plane_order(case.head_size, case.rotary_dim, case.is_neox_style)
+            for read, dimension in enumerate(order[: case.head_size], start=1):
+                basis[:, read:, dimension] = 0.0
         rebuild = Rebuild(
-            key_basis=(normal(heads, case.rank_k, case.head_size) / math.sqrt(case.rank_k)).to(
-                case.dtype
-            ),
+            key_basis=basis.to(case.dtype),
             cos_sin=torch.cat([cos, sin], dim=-1),
             rotary_dim=case.rotary_dim,
             is_neox_style=case.is_neox_style,

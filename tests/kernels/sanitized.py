@@ -42,6 +42,7 @@ def random_case(seed: int) -> Case:
         rotary_dim=2 * rng.randint(0, head_size // 2),
         rope_base=rng.choice([None, 1e4]),
         is_neox_style=rng.random() < 0.5,
+        staircase=rng.random() < 0.5,
         offset=rng.random() < 0.5,
         alibi=rng.random() < 0.3,
         window=rng.choice([None, rng.randint(1, 200)]),

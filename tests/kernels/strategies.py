@@ -42,6 +42,7 @@ def cases(
         rotary_dim=rotary_dim,
         rope_base=draw(st.sampled_from([None, 100.0, 10_000.0, 500_000.0])),
         is_neox_style=draw(st.booleans()),
+        staircase=draw(st.booleans()),
         offset=rebuilt and draw(st.booleans()),
         alibi=draw(st.booleans()),
         window=draw(st.one_of(st.none(), st.integers(1, 300))),

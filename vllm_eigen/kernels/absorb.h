@@ -9,7 +9,8 @@
 
 namespace eigen {
 
-// A thread's memory for a chunk. Absorbed queries are counted wave by wave, then row by row, so
+// A thread's memory for a chunk. Turned and blended queries hold a band's x, then its y. Absorbed
+// queries are counted wave by wave, then row by row, so
 // that the first waves of all rows lie together; `products` has rows of kChunk.
 struct AbsorbRoom {
   float *turned, *blended, *latent, *constant, *products;
@@ -29,26 +30,32 @@ EIGEN_INLINE void plane_of(const uint32_t* query, int64_t plane, float* x, float
   }
 }
 
-// The slow planes of a query turned back to position `start`: turned[plane][x, y].
+// The slow planes of a query turned back to position `start`.
 template <class K>
 void turn_back(const RebuildArgs& r, int64_t start, const uint32_t* query, float* turned) {
-  for (int64_t plane = r.absorb->direct_planes; plane < r.planes; ++plane, turned += 2) {
-    float x, y;
-    plane_of<K>(query, plane, &x, &y);
-    const bool turns = plane < r.rotary_planes;
-    const float* table = table_at(r, start, turns ? plane : 0);
-    const float cos = turns ? table[0] : 1.0f, sin = turns ? table[kTableTokens] : 0.0f;
-    turned[0] = x * cos + y * sin;
-    turned[1] = y * cos - x * sin;
+  int64_t plane = r.absorb->direct_planes;
+  for (int64_t b = 0; b < r.absorb->num_bands; ++b) {
+    const int64_t planes = r.absorb->bands[2 * b];
+    for (int64_t j = 0; j < planes; ++j, ++plane) {
+      float x, y;
+      plane_of<K>(query, plane, &x, &y);
+      const bool turns = plane < r.rotary_planes;
+      const float* table = table_at(r, start, turns ? plane : 0);
+      const float cos = turns ? table[0] : 1.0f, sin = turns ? table[kTableTokens] : 0.0f;
+      turned[j] = x * cos + y * sin;
+      turned[planes + j] = y * cos - x * sin;
+    }
+    turned += 2 * planes;
   }
 }
 
-// One query's planes of a band weighted for one wave: blended[plane][x, y].
+// One query's planes of a band weighted for one wave.
 inline void blend_planes(const float* __restrict turned, const float* __restrict cos,
                          const float* __restrict sin, int planes, float* __restrict blended) {
+  const float *x = turned, *y = turned + planes;
   for (int j = 0; j < planes; ++j) {
-    blended[2 * j] = turned[2 * j] * cos[j] + turned[2 * j + 1] * sin[j];
-    blended[2 * j + 1] = turned[2 * j + 1] * cos[j] - turned[2 * j] * sin[j];
+    blended[j] = x[j] * cos[j] + y[j] * sin[j];
+    blended[planes + j] = y[j] * cos[j] - x[j] * sin[j];
   }
 }
 
@@ -77,7 +84,8 @@ void absorb_queries(const RebuildArgs& r, int head, float k_scale, int rank_k, i
       blend_planes(room.turned + i % rows * slow + first, cos, cos + planes, planes, out);
       if (!r.offset) continue;
       const float* offset = r.offset + head * 2 * r.planes + 2 * a.direct_planes + first;
-      for (int d = 0; d < width; ++d) room.constant[i] += out[d] * offset[d];
+      for (int j = 0; j < planes; ++j)
+        room.constant[i] += out[j] * offset[2 * j] + out[planes + j] * offset[2 * j + 1];
     }
     add_values<Float32>(reinterpret_cast<const uint32_t*>(room.blended), width, used,
                         a.basis + (head * slow + first) * a.basis_stride, a.basis_stride, width,

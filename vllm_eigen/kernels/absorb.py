@@ -67,27 +67,32 @@ class Waves:
     waves: torch.Tensor
     bands: tuple[Band, ...]
 
-    def cost(self, queries_per_head: int) -> float:
-        """Multiplications a cached token, in units of rank_k."""
+    @property
+    def cost(self) -> float:
+        """Multiplications of a query with a cached token's latent, in units of rank_k."""
         folding = sum(2 * band.planes * band.num_waves for band in self.bands) / CHUNK
-        each = self.waves.shape[0] + FOLDING_WEIGHT * folding
-        return 2 * self.direct_planes + queries_per_head * each
+        return self.waves.shape[0] + FOLDING_WEIGHT * folding
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Largest error of a cosine or sine that goes unnoticed beside queries of `dtype`."""
-    return 1e-6 if dtype == torch.float32 else 1e-4
+    """Largest error of a cosine or sine: an eighth of what rounding a query of `dtype` may cost."""
+    return max(torch.finfo(dtype).eps / 16, 1e-6)
 
 
 @functools.lru_cache(maxsize=64)
 def find_waves(
-    speeds: tuple[float | None, ...], queries_per_head: int, largest_error: float
+    speeds: tuple[float | None, ...],
+    rebuilding: tuple[float, ...],
+    queries_per_head: int,
+    largest_error: float,
 ) -> Waves | None:
     """The cheapest split of a head's planes into rebuilt and absorbed ones.
 
     Args:
         speeds: radians a token of each plane, 0 where it does not turn, None where it turns
             unevenly and must be rebuilt.
+        rebuilding: multiplications that rebuild the first n planes of a token, in units of rank_k,
+            for n from 0 to all.
         queries_per_head: query rows that share a rebuilt key.
         largest_error: of any cosine or sine.
 
@@ -96,18 +101,18 @@ def find_waves(
     """
     planes = len(speeds)
     uneven = [plane for plane, speed in enumerate(speeds) if speed is None]
-    cheapest, found = LARGEST_SHARE * (2 * planes + queries_per_head), None
+    cheapest, found = LARGEST_SHARE * (rebuilding[-1] + queries_per_head), None
     first = -(-(max(uneven, default=-1) + 1) // DIRECT_STEP) * DIRECT_STEP
     for direct in range(first, planes, DIRECT_STEP):
-        if 2 * direct >= cheapest:
+        if rebuilding[direct] >= cheapest:
             break
         absorbed = [speed for speed in speeds[direct:] if speed is not None]
         slow = torch.tensor(absorbed, dtype=torch.float64)
-        most = int((cheapest - 2 * direct) / queries_per_head)
+        most = int((cheapest - rebuilding[direct]) / queries_per_head)
         waves = _span(direct, slow, most, largest_error)
         if waves is None:
             continue
-        cost = waves.cost(queries_per_head)
+        cost = rebuilding[direct] + queries_per_head * waves.cost
         if cost < cheapest:
             cheapest, found = cost, waves
     return found

@@ -24,7 +24,7 @@ struct WriteArgs {
 // Planes that are not rebuilt for a single query, see absorb.py: those from `direct_planes` on, in
 // bands that use the first few waves.
 struct AbsorbArgs {
-  const float* basis;    // [num_heads][2 * slow planes][basis_stride], zeros past rank_k
+  const float* basis;    // [num_heads][of each band x, then y][basis_stride], zeros past rank_k
   const float* waves;    // [num_waves][tokens of a chunk]
   const float* blend;    // of each band [waves][share in cosine, share in sine][planes]
   const int64_t* bands;  // [num_bands][planes, waves]
@@ -32,11 +32,13 @@ struct AbsorbArgs {
 };
 
 // Rebuilt keys. A plane is two dimensions that rotate together; planes past `rotary_planes` do
-// not rotate. Rows of `basis` are in plane order (x0, y0, x1, y1, ..), as 32-bit units.
+// not rotate. Rows of `basis` are in plane order (x0, y0, x1, y1, ..), as 32-bit units; past the
+// first depth[plane] units, which never falls from plane to plane, they are zero.
 struct RebuildArgs {
   const uint32_t* basis;   // [num_heads][2 * planes][units of rank_k]
   const float* offset;     // [num_heads][2 * planes] or null
   const int32_t* order;    // [2 * planes] dimension of the head in each row; -1 is padding
+  const int32_t* depth;    // [planes]
   const float* cos_sin;    // [positions / 16][rotary_planes][cos, sin][16]
   int64_t num_heads, planes, rotary_planes, positions;
   const AbsorbArgs* absorb;  // or null

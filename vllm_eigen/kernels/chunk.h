@@ -38,7 +38,8 @@ void score_run(const uint32_t* queries, int64_t query_stride, int rows, const Ke
         constexpr int MR = decltype(count)::value;
         F c[MR][NV] = {};
         const uint32_t* q = queries + r * query_stride;
-        multiply<E, MR, NV>(c, q, query_stride, keys.first + t * E::pack, keys.stride, keys.units);
+        multiply<E, MR, NV, true>(c, q, query_stride, keys.first + t * E::pack, keys.stride,
+                                  keys.units);
         EIGEN_UNROLL for (int i = 0; i < MR; ++i) {
           EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
             if (keys.single)
@@ -65,9 +66,10 @@ template <class E>
 void add_values(const uint32_t* weights, int64_t weights_stride, int rows,
                 const typename E::Storage* values, int64_t stride, int units, int rank_v,
                 float* out, int padded) {
-  constexpr int widest = kAccumulators / 3;
+  // As wide as all rows fit, so that values are widened once: more than 4 rows take several passes.
+  const int widest = std::min(kMaxVectors, kAccumulators / std::clamp(rows, 1, 4));
   const int vectors = padded / W;
-  const int nv = even_part(vectors, rows <= 3 ? widest : std::min(widest, 6));
+  const int nv = even_part(vectors, widest);
   const auto block = [&](auto count, int v0) {
     constexpr int NV = decltype(count)::value;
     const int step = even_part(rows, rows_for(NV));
@@ -92,12 +94,10 @@ void add_values(const uint32_t* weights, int64_t weights_stride, int rows,
       case 2: block(Const<2>{}, v0); break;
       case 3: block(Const<3>{}, v0); break;
       case 4: block(Const<4>{}, v0); break;
-#if defined(__AVX512F__)
       case 5: block(Const<5>{}, v0); break;
       case 6: block(Const<6>{}, v0); break;
       case 7: block(Const<7>{}, v0); break;
       case 8: block(Const<8>{}, v0); break;
-#endif
     }
   }
 }

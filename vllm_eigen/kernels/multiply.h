@@ -10,8 +10,9 @@
 
 namespace eigen {
 
-// `last` is how many units the last vector of b really has.
-template <class E, int MR, int NV>
+// `last` is how many units the last vector of b really has. `fetches` asks for what lies beside
+// each row of b, in case it is read next: rows too far apart for the machine to foresee it.
+template <class E, int MR, int NV, bool fetches = false>
 EIGEN_INLINE void multiply(F (&c)[MR][NV], const uint32_t* a, int64_t a_stride,
                            const typename E::Storage* b, int64_t b_stride, int count,
                            int last = W) {
@@ -19,6 +20,11 @@ EIGEN_INLINE void multiply(F (&c)[MR][NV], const uint32_t* a, int64_t a_stride,
   EIGEN_UNROLL for (int r = 0; r < MR; ++r)
     EIGEN_UNROLL for (int v = 0; v < NV; ++v) sum[r][v] = c[r][v];
   for (int u = 0; u < count; ++u) {
+    if constexpr (fetches) {
+      constexpr int bytes = NV * W * E::pack * static_cast<int>(sizeof *b);
+      EIGEN_UNROLL for (int at = bytes; at < 2 * bytes; at += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(b) + at);
+    }
     typename E::Unit vectors[NV];
     EIGEN_UNROLL for (int v = 0; v < NV - 1; ++v) vectors[v] = E::load(b + v * W * E::pack);
     vectors[NV - 1] = E::load_first(b + (NV - 1) * W * E::pack, last);
@@ -52,7 +58,7 @@ EIGEN_INLINE void with_rows(int rows, Fn&& f) {
   }
 }
 
-constexpr int kMaxRows = 6;
+constexpr int kMaxRows = 6, kMaxVectors = 8;
 
 constexpr int rows_for(int nv) {
   return kAccumulators / nv < kMaxRows ? kAccumulators / nv : kMaxRows;

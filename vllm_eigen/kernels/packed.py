@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .absorb import Waves, find_waves, tolerance, turning_speeds
+from .absorb import DIRECT_STEP, Waves, find_waves, tolerance, turning_speeds
 from .interface import Rebuild
+from .planes import plane_order
 
 TABLE_TOKENS = 16  # kTableTokens in rebuild.h
 
@@ -27,7 +28,7 @@ _tables = WeakIdKeyDictionary()
 class Absorbed:
     """Tensors that AbsorbArgs (args.h) points into.
 
-    basis: float32 `[num_heads, 2 * slow planes, rank_k rounded up]`.
+    basis: float32 `[num_heads, 2 * slow planes, rank_k rounded up]`, of each band x, then y.
     blend: float32, of all bands one after the other.
     bands: int64 `[num_bands, 2]`, planes and waves of each.
     """
@@ -45,6 +46,7 @@ class PackedRebuild:
     basis: `[num_heads, 2 * planes, units]`, bfloat16 pairs or float32; rows follow `order`.
     offset: float32 `[num_heads, 2 * planes]`, or None.
     order: int32 `[2 * planes]`, the head dimension of each row, -1 where a plane is padded.
+    depth: int32 `[planes]`, the units of a row after which all are zero, up to this plane.
     table: float32 `[positions / 16, rotary_planes, 2, 16]`, cosines then sines of 16 positions.
     absorbed: how a single query does without rebuilding its slow planes; None if it cannot.
     """
@@ -52,6 +54,7 @@ class PackedRebuild:
     basis: torch.Tensor
     offset: torch.Tensor | None
     order: torch.Tensor
+    depth: torch.Tensor
     table: torch.Tensor
     rotary_planes: int
     positions: int
@@ -94,14 +97,22 @@ def _pack(rebuild: Rebuild, reader: Reader) -> PackedRebuild:
         offset = (offset.float()[:, chosen] * present).contiguous()
     speeds = turning_speeds(rebuild.cos_sin)
     still = (0.0,) * (order.shape[0] // 2 - len(speeds))
-    waves = find_waves(speeds + still, reader.queries_per_head, tolerance(reader.dtype))
+    depth = _depth(basis)
+    waves = find_waves(
+        speeds + still,
+        _rebuilding(depth, basis.shape[2]),
+        reader.queries_per_head,
+        tolerance(reader.dtype),
+    )
     absorbed = None if waves is None else _absorb(waves, basis)
     if reader.pairs:
         basis = functional.pad(basis, (0, basis.shape[2] % 2)).bfloat16()
+        depth = (depth + 1) // 2
     return PackedRebuild(
         basis=basis.contiguous(),
         offset=offset,
         order=order.int().contiguous(),
+        depth=depth.int(),
         table=_table(rebuild.cos_sin),
         rotary_planes=rebuild.rotary_dim // 2,
         positions=rebuild.cos_sin.shape[0],
@@ -109,24 +120,31 @@ def _pack(rebuild: Rebuild, reader: Reader) -> PackedRebuild:
     )
 
 
+def _depth(basis: torch.Tensor) -> torch.Tensor:
+    """Latents that the planes up to each one read, of `basis [num_heads, 2 * planes, rank_k]`."""
+    rank = basis.shape[2]
+    last = ((basis != 0) * torch.arange(1, rank + 1)).amax(dim=(0, 2))
+    return last.view(-1, 2).amax(dim=1).cummax(dim=0).values
+
+
+def _rebuilding(depth: torch.Tensor, rank: int) -> tuple[float, ...]:
+    """As in `find_waves`: the kernel multiplies DIRECT_STEP planes to their common depth."""
+    padded = functional.pad(depth[None].float(), (0, -len(depth) % DIRECT_STEP), mode="replicate")
+    common = padded.view(-1, DIRECT_STEP).amax(dim=1).repeat_interleave(DIRECT_STEP)[: len(depth)]
+    return (0.0, *(2 * common.cumsum(0) / rank).tolist())
+
+
 def _absorb(waves: Waves, basis: torch.Tensor) -> Absorbed:
     """The slow planes of `basis [num_heads, 2 * planes, rank_k]`."""
     slow = basis[:, 2 * waves.direct_planes :]
+    parts = slow.split([2 * band.planes for band in waves.bands], dim=1)
+    slow = torch.cat([part[:, first::2] for part in parts for first in (0, 1)], dim=1)
     return Absorbed(
         waves,
         functional.pad(slow, (0, -slow.shape[2] % ROW_MULTIPLE)).contiguous(),
         torch.cat([band.blend.flatten() for band in waves.bands]),
         torch.tensor([(band.planes, band.num_waves) for band in waves.bands]),
     )
-
-
-def plane_order(head_size: int, rotary_dim: int, is_neox_style: bool) -> torch.Tensor:
-    """Head dimensions as x0, y0, x1, y1, ..: rotary planes first, then the rest in pairs."""
-    turning = torch.arange(rotary_dim)
-    if is_neox_style:
-        turning = turning.view(2, -1).t().flatten()
-    order = torch.cat([turning, torch.arange(rotary_dim, head_size)])
-    return functional.pad(order, (0, head_size % 2), value=-1)
 
 
 def _table(cos_sin: torch.Tensor) -> torch.Tensor:

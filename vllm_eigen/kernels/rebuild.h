@@ -70,8 +70,9 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
   const int units = latents.units + (latents.single != nullptr);
   const uint32_t* rows = basis + static_cast<int64_t>(2 * plane) * units;
   F c[2 * P][NV] = {};
-  multiply<K>(c, rows, units, latents.first, latents.stride, latents.units);
-  if (latents.single) {
+  const int depth = a.depth[plane + P - 1];
+  multiply<K>(c, rows, units, latents.first, latents.stride, std::min(depth, latents.units));
+  if (depth > latents.units) {
     EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
       const auto single = K::load_single(latents.single + v * W);
       EIGEN_UNROLL for (int r = 0; r < 2 * P; ++r)
@@ -97,30 +98,22 @@ EIGEN_INLINE void rebuild_planes(const RebuildArgs& a, const uint32_t* basis, co
   }
 }
 
-// Memory that is read soon is fetched a part, [from, to) of `of`, at a time, while products keep
-// the machine busy.
-struct Part {
-  int from, to, of;
-};
-
-inline void fetch(const void* memory, int64_t begin, int64_t end) {
+// Memory that is read soon is fetched a part at a time, while products keep the machine busy. These
+// are inlined always: a function that only prefetches has no effect in the eyes of the compiler,
+// which drops calls to it.
+EIGEN_INLINE void fetch(const void* memory, int64_t begin, int64_t end) {
   for (int64_t at = begin; at < end; at += 64)
     __builtin_prefetch(static_cast<const char*>(memory) + at);
 }
 
+// Unit rows [from, to) of `tokens` tokens from `token` on.
 template <class E>
-void fetch_latents(const KeyRun<E>& latents, int token, int tokens, Part part) {
+EIGEN_INLINE void fetch_latents(const KeyRun<E>& latents, int token, int tokens, int from, int to) {
   if (token >= latents.tokens) return;
   const auto* first = latents.first + static_cast<int64_t>(token) * E::pack;
   const int64_t bytes = tokens * E::pack * static_cast<int64_t>(sizeof *first);
-  for (int u = latents.units * part.from / part.of; u < latents.units * part.to / part.of; ++u)
+  for (int u = from; u < std::min(to, latents.units); ++u)
     fetch(first + u * latents.stride, 0, bytes);
-}
-
-inline void fetch_values(const Values& values, int token, int tokens, Part part) {
-  const int64_t bytes = tokens * values.token_bytes;
-  fetch(values.first + token * values.token_bytes, bytes * part.from / part.of,
-        bytes * part.to / part.of);
 }
 
 // The first `planes` planes of the keys of rebuilt head `head` from `latents`, the first of which
@@ -135,6 +128,9 @@ void rebuild_keys(const RebuildArgs& a, int head, int planes, float k_scale,
                   const Values& values, const KeyRun<E>& next, Fn&& also) {
   using K = typename E::Rebuilt;
   constexpr int most_vectors = kPanelTokens / W, most_planes = kAccumulators / most_vectors / 2;
+  const int parts = std::max(1, planes / most_planes);  // of a panel, between which to fetch
+  const int row_share = (latents.units + parts - 1) / parts;
+  const int64_t value_share = (kPanelTokens * values.token_bytes + parts - 1) / parts;
   const auto block = [&](auto vectors, int t) {
     constexpr int NV = decltype(vectors)::value;
     const KeyRun<K> run = staged<E, NV>(latents, t, panel);
@@ -147,11 +143,13 @@ void rebuild_keys(const RebuildArgs& a, int head, int planes, float k_scale,
                                                     plane, out, row_stride);
     };
     const bool is_last = t + NV * W >= latents.tokens;
+    const char* value = values.first + t * values.token_bytes;
     int plane = 0;
-    for (; plane + most_planes <= planes; plane += most_planes) {
-      const Part part{plane, plane + most_planes, planes};
-      fetch_latents(is_last ? next : latents, is_last ? 0 : t + NV * W, NV * W, part);
-      fetch_values(values, t, NV * W, part);
+    for (int part = 0; plane + most_planes <= planes; plane += most_planes, ++part) {
+      fetch_latents(is_last ? next : latents, is_last ? 0 : t + NV * W, NV * W, part * row_share,
+                    (part + 1) * row_share);
+      fetch(value, part * value_share,
+            std::min((part + 1) * value_share, NV * W * values.token_bytes));
       some(Const<most_planes>{}, plane);
     }
     if (plane < planes)
