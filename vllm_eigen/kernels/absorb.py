@@ -28,7 +28,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 CHUNK = 256  # kChunk in chunk.h
-BANDS = 3
+BANDS = 4
 DIRECT_STEP = 3  # planes that rebuild.h multiplies at once
 # Absorbing must save this much, since it has more steps than rebuilding.
 LARGEST_SHARE = 0.85
