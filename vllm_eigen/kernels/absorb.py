@@ -125,7 +125,7 @@ def _span(direct: int, slow: torch.Tensor, most: int, largest_error: float) -> W
     bands: list[Band] = []
     for part in reversed(slow.chunk(BANDS)):
         wanted = torch.cat([(token * part).cos(), (token * part).sin()], dim=1)
-        missing = wanted - waves @ (waves.t() @ wanted)
+        missing = _outside(waves, wanted)
         new, sizes, shares = torch.linalg.svd(missing, full_matrices=False)
         count = 0
         while float(missing.abs().max()) > largest_error:
@@ -133,11 +133,22 @@ def _span(direct: int, slow: torch.Tensor, most: int, largest_error: float) -> W
             count += 1
             if waves.shape[1] + count > min(most, CHUNK):
                 return None
-        waves = torch.cat([waves, new[:, :count]], dim=1)
+        waves = torch.cat([waves, _outside(waves, new[:, :count])], dim=1)
         # Waves of size about one, so that blends fall with the singular values.
         blend = (waves.t() @ wanted) / CHUNK**0.5
         bands.insert(0, Band(blend.float().view(waves.shape[1], 2, -1).contiguous()))
     return Waves(direct, (waves.t() * CHUNK**0.5).float().contiguous(), tuple(bands))
+
+
+def _outside(waves: torch.Tensor, functions: torch.Tensor) -> torch.Tensor:
+    """Functions without what orthonormal waves span of them, columns all.
+
+    Twice: what is left may be small, and then the first time leaves rounding along the waves that
+    the next band would magnify.
+    """
+    for _ in range(2):
+        functions = functions - waves @ (waves.t() @ functions)
+    return functions
 
 
 def turning_speeds(cos_sin: torch.Tensor) -> tuple[float | None, ...]:
