@@ -10,7 +10,10 @@ names the Eigen architecture, and carries an `eigen` section (`EigenConfig`). Pe
     o_proj     [hidden, num_heads * rank_v]
     key_basis  [num_kv_heads, rank_k, head_size]         pre-rope only: k_hat = k' key_basis
 
-with `num_latent_heads = num_kv_heads / head_group`; biases follow their projection. Everything
+Calibration turns the latents so that fast planes of a pre-rope key need few of them; what is zero
+of key_basis need not be multiplied (`kernels/planes.py`).
+
+With `num_latent_heads = num_kv_heads / head_group`; biases follow their projection. Everything
 else is the base model's. That is `projections` = `folded`. Where keys pass a norm or the rotary
 embedding (post-rope mode) before they are cached, no basis can be multiplied into what makes them:
 with `values-folded` q_proj and k_proj are the base model's, and the first two of the tensors below

@@ -9,9 +9,9 @@ called waves here, span all of them:
 
 What the slow planes add to the score of a query against the latent c of token t is therefore
 `sum over m of waves[m, t] * (u_m . c)`, where u_m is the query, turned back to the chunk's start,
-blended for wave m and multiplied by the basis: a folded query for each wave and chunk. With one
-query head this takes 0.35 to 0.45 of the multiplications of a rebuilt key of 128 dimensions. Many
-queries share a rebuilt key but not a folded query: for them rebuilding is cheaper.
+blended for wave m and multiplied by the basis: a folded query for each wave and chunk. Many
+queries share a rebuilt key but not a folded query: for them rebuilding more planes is cheaper, and
+planes that read few latents (`planes.py`) are cheap to rebuild. `find_waves` weighs it all.
 
 The functions {cos, sin} of frequencies up to B have about CHUNK * B / pi degrees of freedom
 (Slepian and Pollak 1961); the singular value decomposition finds them. Slower planes need fewer:
