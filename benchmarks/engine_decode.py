@@ -1,7 +1,8 @@
 """Decoding in vLLM's engine at short and long contexts: base against Eigen, end to end.
 
 `python -m benchmarks.engine_decode --output FILE.json` builds random models of a few layers at the
-width of a served one (quality is not the question here), starts base and Eigen engines side by side
+width of a served one (quality is not the question here), compresses them to random bases in the
+form that calibration gives them, starts base and Eigen engines side by side
 and lets them take turns on the same prompts, which the prefix cache holds. A table and a plot are
 written beside the JSON.
 """
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.pairs import Ratio, by_turns
 from calibration.interrupt import terminate_as_interrupt
@@ -29,6 +30,9 @@ from vllm_eigen.checkpoint import LayerRanks
 from vllm_eigen.errors import EigenError
 from vllm_eigen.families import KeyMode
 from vllm_eigen.files import atomic_file
+
+if TYPE_CHECKING:
+    from calibration.methods.base import LayerBases
 
 CONTEXTS = (128, 2048, 8192)
 HEAD_SIZE = 128
@@ -89,11 +93,12 @@ class Row:
 
 
 def write_models(model: Model, args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
-    """Configurations of base and Eigen; vLLM fills in random weights."""
-    from transformers import LlamaConfig, OPTConfig
+    """Base and Eigen checkpoints."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
     from calibration.source import open_source
-    from calibration.write import eigen_config
+    from calibration.write import eigen_config, write_checkpoint
 
     heads = args.hidden // HEAD_SIZE
     shape: dict[str, Any] = {
@@ -111,10 +116,10 @@ def write_models(model: Model, args: argparse.Namespace, folder: Path) -> tuple[
         )
     )
     base, eigen = folder / "base", folder / "eigen"
-    config.architectures = ["OPTForCausalLM" if model.family == "opt" else "LlamaForCausalLM"]
-    config.dtype = args.dtype
-    config.save_pretrained(base)
-    source = open_source(str(base), with_weights=False)
+    torch.manual_seed(0)
+    build: Any = AutoModelForCausalLM.from_config
+    build(config, dtype=getattr(torch, args.dtype)).save_pretrained(base)
+    source = open_source(str(base))
     section = eigen_config(
         source,
         [LayerRanks(rank_k=model.rank_k, rank_v=model.rank_v)] * args.layers,
@@ -123,14 +128,25 @@ def write_models(model: Model, args: argparse.Namespace, folder: Path) -> tuple[
         head_group=1,
         provenance={},
     )
-    table = {
-        **source.config,
-        "architectures": [source.family.eigen_architecture],
-        "eigen": section.model_dump(mode="json"),
-    }
-    eigen.mkdir()
-    (eigen / "config.json").write_text(json.dumps(table), encoding="utf-8")
+    write_checkpoint(source, section, [_random_bases(model)] * args.layers, eigen)
     return base, eigen
+
+
+def _random_bases(model: Model) -> LayerBases:
+    import torch
+
+    from calibration.methods.base import Basis, LayerBases, tail_loss
+    from vllm_eigen.kernels.planes import latent_order
+
+    def basis(**options: torch.Tensor) -> Basis:
+        noise = torch.randn(model.kv_heads, HEAD_SIZE, HEAD_SIZE, dtype=torch.float64)
+        encoder = torch.linalg.qr(noise)[0]
+        energy = torch.ones(model.kv_heads, HEAD_SIZE, dtype=torch.float64)
+        return Basis(encoder, encoder.mT.contiguous(), energy, tail_loss(energy), **options)
+
+    if model.key_mode != "pre-rope":
+        return LayerBases(basis(), basis())
+    return LayerBases(basis(order=latent_order(HEAD_SIZE, HEAD_SIZE, heads=1)), basis())
 
 
 @contextlib.contextmanager
@@ -140,7 +156,6 @@ def engine(folder: Path, args: argparse.Namespace) -> Iterator[Any]:
 
     llm = LLM(
         str(folder),
-        load_format="dummy",
         skip_tokenizer_init=True,
         dtype=args.dtype,
         max_model_len=max(args.contexts) + MARGIN,

@@ -14,7 +14,7 @@ from benchmarks.engine_decode import MODELS, Model, Row, decode_speed, markdown,
 from vllm_eigen.checkpoint import parse_config
 
 ARGS = argparse.Namespace(
-    hidden=2048, layers=3, contexts=[64, 128], batch=2, threads=1, dtype="float32"
+    hidden=2048, layers=1, contexts=[64, 128], batch=2, threads=1, dtype="float32"
 )
 
 
@@ -26,7 +26,7 @@ def test_models_are_what_the_table_says(model: Model, tmp_path: Path) -> None:
     assert one["num_attention_heads"] == section.num_heads == 16
     assert section.num_kv_heads == model.kv_heads
     assert section.key_mode == model.key_mode
-    assert section.elements_per_token == 3 * model.kv_heads * (model.rank_k + model.rank_v)
+    assert section.elements_per_token == model.kv_heads * (model.rank_k + model.rank_v)
     assert model.kv_ratio == pytest.approx((model.rank_k + model.rank_v) / 256)
 
 
