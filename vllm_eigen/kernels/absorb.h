@@ -10,8 +10,8 @@
 namespace eigen {
 
 // A thread's memory for a chunk. Turned and blended queries hold a band's x, then its y. Absorbed
-// queries are counted wave by wave, then row by row, so
-// that the first waves of all rows lie together; `products` has rows of kChunk.
+// queries are counted wave by wave, then row by row, so that the first waves of all rows lie
+// together; `products` has rows of kChunk.
 struct AbsorbRoom {
   float *turned, *blended, *latent, *constant, *products;
   uint32_t* queries;
