@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -135,18 +135,14 @@ def write_models(model: Model, args: argparse.Namespace, folder: Path) -> tuple[
 def _random_bases(model: Model) -> LayerBases:
     import torch
 
-    from calibration.methods.base import Basis, LayerBases, tail_loss
+    from calibration.methods.base import LayerBases, orthogonal_basis
     from vllm_eigen.kernels.planes import latent_order
 
-    def basis(**options: torch.Tensor) -> Basis:
-        noise = torch.randn(model.kv_heads, HEAD_SIZE, HEAD_SIZE, dtype=torch.float64)
-        encoder = torch.linalg.qr(noise)[0]
-        energy = torch.ones(model.kv_heads, HEAD_SIZE, dtype=torch.float64)
-        return Basis(encoder, encoder.mT.contiguous(), energy, tail_loss(energy), **options)
-
-    if model.key_mode != "pre-rope":
-        return LayerBases(basis(), basis())
-    return LayerBases(basis(order=latent_order(HEAD_SIZE, HEAD_SIZE, heads=1)), basis())
+    noise = torch.randn(2, model.kv_heads, HEAD_SIZE, HEAD_SIZE, dtype=torch.float64)
+    key, value = (orthogonal_basis(part @ part.mT) for part in noise)
+    if model.key_mode == "pre-rope":
+        key = replace(key, order=latent_order(HEAD_SIZE, HEAD_SIZE, heads=1))
+    return LayerBases(key, value)
 
 
 @contextlib.contextmanager
