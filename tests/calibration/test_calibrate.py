@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.calibration.test_fp8 import calibrated
 from tests.calibration.tiny import read_config
 from vllm_eigen.checkpoint import KEY_BASIS, validate
 
@@ -28,15 +29,10 @@ def test_fast_planes_of_rotary_keys_read_few_latents(
     kv_ratio: float,
     make_model: Callable[..., Path],
     text_file: Path,
-    tmp_path: Path,
     command: Command,
 ) -> None:
-    model, output = make_model("llama", head_dim=8), tmp_path / "out"
-    status, _, error = command(
-        *("calibrate", model, "--output", output, "--kv-ratio", kv_ratio, "--text", text_file),
-        *(*SMALL, "--method", method, "--head-group", group),
-    )
-    assert status == 0, error
+    options = ("--kv-ratio", kv_ratio, "--method", method, "--head-group", group)
+    output = calibrated("llama", options, make_model, text_file, command, head_dim=8)
     found = [
         tensor
         for name, tensor in load_file(output / "model.safetensors").items()
