@@ -1,4 +1,5 @@
-# `make demo` and `make test` are all a newcomer needs: Python 3.11+, gcc/g++ and make.
+# `make demo` and `make test` are all a newcomer needs, with Python 3.11+ and
+# apt install g++ make python3-dev python3-venv libnuma1.
 # Both create .venv on first use and work offline afterwards.
 
 PYTHON ?= python3
@@ -12,14 +13,20 @@ CONSTRAINTS := constraints-$(ACCELERATOR).txt
 # vLLM's CPU build asks for these, but their wheels are built for CUDA and break transformers.
 UNUSABLE_cpu := torchvision torchaudio torchcodec
 
-.PHONY: demo test soak check compatibility install clean help
+# Release of vLLM whose Python files `make contract` checks.
+VERSION ?= 0.33.0
+
+.PHONY: demo test unit soak check contract compatibility docs install clean help
 
 help:
-	@echo "make demo     calibrate the shipped model, serve it beside its base, print a table"
+	@echo "make demo     fetch a chat model, compress it, and let both answer side by side"
 	@echo "make test     lint, type check, and every test"
-	@echo "make soak     mixed load on the Eigen server, 20 minutes at most"
+	@echo "make unit     lint, type check, and the unit tests, two minutes"
+	@echo "make soak     mixed load on the demo's Eigen server, 20 minutes at most"
 	@echo "make check    lint and type check only"
+	@echo "make contract VERSION=0.33.0  check a vLLM release for what the plugin relies on"
 	@echo "make compatibility  run the engine tests and write docs/compatibility.md"
+	@echo "make docs     build the documentation into build/site"
 	@echo "make install  only create .venv with everything to calibrate and serve"
 	@echo "make clean    remove .venv and the demo's output"
 
@@ -29,17 +36,24 @@ demo: $(VENV)/.$(ACCELERATOR)
 	@"$(BIN)/python" -m demo.run
 
 # Options go in SOAK, e.g. `make soak SOAK="--requests 500 --minutes 3"`.
-soak: $(VENV)/.$(ACCELERATOR)
-	@"$(BIN)/python" -m benchmarks.soak $(SOAK)
+soak: $(VENV)/.$(ACCELERATOR) .demo/eigen/config.json
+	@"$(BIN)/vllm-eigen" bench soak --model .demo/eigen --output .demo/soak.json $(SOAK)
+
+.demo/eigen/config.json: | $(VENV)/.$(ACCELERATOR)
+	@"$(BIN)/python" -m demo.run --calibrate-only
 
 check: $(VENV)/.dev
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m ruff format --check .
 	"$(BIN)/python" -m mypy
 	"$(BIN)/python" -m mypy docker/entrypoint.py docker/health.py
+	"$(BIN)/lint-imports"
 
 test: check
 	"$(BIN)/python" -m pytest --numprocesses $(JOBS)
+
+unit: check
+	"$(BIN)/python" -m pytest --numprocesses $(JOBS) -m "unit and not slow"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
@@ -56,11 +70,17 @@ endif
 
 $(VENV)/.dev: $(VENV)/.$(ACCELERATOR)
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check \
-	    -c $(CONSTRAINTS) -e ".[calibrate,dev]"
+	    -c $(CONSTRAINTS) -e ".[calibrate,dev,docs]"
 	@touch $@
 
+contract: $(VENV)/.dev
+	"$(BIN)/python" -m tests.plugin.contract.check $(VERSION)
+
 compatibility: $(VENV)/.dev
-	"$(BIN)/python" -m pytest tests/engine --numprocesses $(JOBS) --compatibility docs/compatibility.md
+	"$(BIN)/python" -m pytest tests/plugin --numprocesses $(JOBS) --compatibility docs/compatibility.md
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .demo

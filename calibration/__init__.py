@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Offline calibration: text -> moments -> bases -> ranks -> folded checkpoint."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a calibration is asked for, and the checks that need neither model nor text."""
 
 from __future__ import annotations
@@ -7,12 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eigen.errors import UsageError
-from vllm_eigen.families import KeyMode
-from vllm_eigen.files import check_free
+from vllm_eigen.calibration.methods import DEFAULT
+from vllm_eigen.calibration.preference import Preference
+from vllm_eigen.calibration.target import Target
+from vllm_eigen.checkpoint.modes import KeyMode
+from vllm_eigen.common.errors import UsageError
+from vllm_eigen.common.files import check_free
 
 if TYPE_CHECKING:
-    from calibration.text import Corpus
+    from vllm_eigen.calibration.model.text import Corpus
+
+
+HELD_OUT = 8
+"""Windows of the text kept from calibration for the numbers in the model card."""
 
 
 @dataclass(frozen=True)
@@ -22,38 +30,38 @@ class Options:
     Attributes:
         model: folder or hub id.
         output: folder to make.
+        target: the size of the KV cache.
         corpus: reads the text; called once the model is known to be usable.
-        kv_ratio, error_budget, ranks: exactly one is given; `ranks` is a JSON file.
+        provenance: the record of this process, without its results.
         samples: windows to calibrate on.
         length: tokens a window; cut to the most the model takes.
         method, key_mode, head_group: the method's name and, if not None, other than its own
             key-cache mode and number of KV heads to a latent head.
-        refit: fit the output projections to the compressed heads; None for what the method likes.
+        prefer: which key-cache mode is the model's own, where `key_mode` is None.
+        refit: fit the output projections to the compressed heads; None for the method's default.
         bases_only: write the bases alone, to be applied over the untouched base model.
-        resume: take up what an interrupted run with the same options left.
-        provenance: the record of this process, without its results.
-        spill_limit: bytes of activations kept in memory; None for the default.
+        resume: continue from what an interrupted run with the same options left.
+        memory_limit: bytes of activations kept in memory; None for the default.
     """
 
     model: str
     output: Path
+    target: Target
     corpus: Callable[[], Corpus]
     provenance: dict[str, Any]
-    kv_ratio: float | None = None
-    error_budget: float | None = None
-    ranks: Path | None = None
     samples: int = 128
     length: int = 2048
     seed: int = 0
-    method: str = "paper"
+    method: str = DEFAULT
     key_mode: KeyMode | None = None
+    prefer: Preference = Preference.MEMORY
     head_group: int | None = None
     device: str = "auto"
     refit: bool | None = None
     bases_only: bool = False
     overwrite: bool = False
     resume: bool = False
-    spill_limit: int | None = None
+    memory_limit: int | None = None
 
     def check(self) -> None:
         """Refuse what cannot work before any work is done.
@@ -62,18 +70,14 @@ class Options:
             UsageError: an argument is out of range or contradicts another.
             OutputError: the output exists.
         """
-        if sum(item is not None for item in (self.kv_ratio, self.error_budget, self.ranks)) != 1:
-            raise UsageError(
-                "pass one of --kv-ratio R (e.g. 0.6), --error-budget E (e.g. 0.05), --ranks FILE"
-            )
-        if self.kv_ratio is not None and not 0 < self.kv_ratio <= 1:
-            raise UsageError(
-                f"--kv-ratio {self.kv_ratio:g} is out of range; it lies above 0 and at most 1"
-            )
-        if self.error_budget is not None and not 0 <= self.error_budget < 1:
-            raise UsageError(
-                f"--error-budget {self.error_budget:g} is out of range; it lies from 0 to below 1"
-            )
+        self.target.check()
+        if self.method == "coded":
+            self.target.ratio_of_coded()
+            if self.refit:
+                raise UsageError(
+                    "--refit fits projections to dropped ranks; choose --method sensitivity or "
+                    "paper for it"
+                )
         if self.refit and self.bases_only:
             raise UsageError(
                 "--refit changes output projections, which --bases-only leaves to the base model; "

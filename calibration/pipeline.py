@@ -1,39 +1,42 @@
-"""The calibration from text to checkpoint, stage by stage.
+# SPDX-License-Identifier: Apache-2.0
+"""The calibration from text to checkpoint.
 
-    text -> moments -> bases -> ranks -> refit -> folded checkpoint
+    text -> statistics -> bases -> ranks -> refit -> fp8 scales -> folded checkpoint
+    text -> gradients  -> bases -> bits                         -> folded checkpoint
 
-One pass streams the text through the layers (`layers`); then the ranks are chosen, a second pass
-refits the output projections to them, and all is measured on held-out windows and written.
+Latents of 16 bits: one pass over the layers makes the bases; then ranks are allocated, and a second
+pass refits the output projections to them (`calibrator`). Coded latents: `coded_calibrator`. The
+result is measured on held-out windows and written.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
-from calibration.choose import choose_ranks, curve_rule
-from calibration.layers import LayerPass
-from calibration.measure import measure
-from calibration.methods import get_method
-from calibration.methods.base import LayerBases, Method
-from calibration.options import Options
-from calibration.predict import Prediction, predict
-from calibration.progress import Reporter
-from calibration.refit import refit, share, wanted
-from calibration.scales import fit_scales
-from calibration.source import Source, open_source
-from calibration.state import State, remember_base
-from calibration.stream import SPILL_LIMIT, Skeleton, Stream, pick_device
-from calibration.text import Corpus, Windows, sample_windows
-from calibration.write import eigen_config, write_bases, write_checkpoint
-from vllm_eigen.checkpoint import EigenConfig
-from vllm_eigen.errors import UsageError
-from vllm_eigen.families import KeyMode
+import torch
 
-HELD_OUT = 8
-"""Windows of the text kept from calibration for the numbers in the model card."""
+from vllm_eigen.calibration.cache import record_base_folder
+from vllm_eigen.calibration.calibrator import Calibrator
+from vllm_eigen.calibration.coded_calibrator import CodedCalibrator
+from vllm_eigen.calibration.export.scales import fit_scales
+from vllm_eigen.calibration.export.write import eigen_config, write_bases, write_checkpoint
+from vllm_eigen.calibration.held_out import HeldOut
+from vllm_eigen.calibration.job import Job, Recipe, recipe_of
+from vllm_eigen.calibration.methods.basis import LayerBases
+from vllm_eigen.calibration.model.activations import MEMORY_LIMIT
+from vllm_eigen.calibration.model.device import pick_device
+from vllm_eigen.calibration.model.layerwise import LayerwiseModel
+from vllm_eigen.calibration.model.source import Source, open_source
+from vllm_eigen.calibration.model.text import Corpus, Windows, sample_windows
+from vllm_eigen.calibration.options import HELD_OUT, Options
+from vllm_eigen.calibration.state import State
+from vllm_eigen.calibration.truncated import TruncatedModel
+from vllm_eigen.checkpoint.config import EigenConfig
+from vllm_eigen.common.progress import Reporter
+
 _UNKNOWN_WARNING = 0.02
 
 
@@ -44,98 +47,43 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
         UsageError, InputError, OutputError: in one line what is wrong; nothing is written then.
     """
     options.check()
-    method = get_method(options.method)
     device = pick_device(options.device)
     source = open_source(options.model)
-    key_mode = _key_mode(options, source)
-    head_group = _head_group(options, method, source)
+    recipe = recipe_of(options, source)
     corpus = options.corpus()
     windows = _windows(options, source, corpus, reporter)
-    statistics = method.statistics(key_mode, head_group)
-    skeleton = Skeleton(source, device, eager=any(item.needs_probabilities for item in statistics))
-    state = State(
-        {
-            "base": source.fingerprint,
-            "tokens": hashlib.sha256(windows.chosen.numpy().tobytes()).hexdigest(),
-            "method": method.name,
-            "key_mode": key_mode,
-            "head_group": head_group,
-            "error_budget": options.error_budget,
-            "full": options.kv_ratio == 1,
-            "device": str(device),
-        },
-        resume=options.resume,
-        provenance=options.provenance,
+    job = Job(
+        model=LayerwiseModel(source, device, eager=recipe.needs_probabilities),
+        recipe=recipe,
+        tokens=windows.chosen,
+        state=_state(options, source, recipe, windows.chosen, device),
+        reporter=reporter,
+        memory_limit=MEMORY_LIMIT if options.memory_limit is None else options.memory_limit,
     )
-    open_stream = partial(
-        Stream,
-        skeleton,
-        spill_limit=SPILL_LIMIT if options.spill_limit is None else options.spill_limit,
-        spill_folder=state.folder,
-    )
-    layer_pass = LayerPass(
-        skeleton, method, key_mode, head_group, curve_rule(options, method.rank_rule)
-    )
-    results = layer_pass.run(open_stream(windows.chosen), state, reporter)
-    bases = [result.bases for result in results]
-    ranks, choice = choose_ranks(
-        options,
-        method.rank_rule,
-        results,
-        skeleton,
-        windows.chosen,
-        key_mode,
-        state,
-        reporter,
-    )
-    losses = choice.pop("loss_curves", None)
-    spectrum = [_spectrum(item) for item in bases]
-    compressed = skeleton
-    choice["refit"] = wanted(options, method)
-    if choice["refit"]:
-        tokens = share(skeleton, windows.chosen)
-        bases, compressed = refit(
-            skeleton,
-            open_stream(tokens),
-            open_stream(tokens),
-            bases,
-            ranks,
-            key_mode,
-            head_group,
-            state,
-            reporter,
-        )
-    reporter.stage("scaling", skeleton.num_layers)
-    ranks = fit_scales(compressed, windows.chosen, bases, ranks, key_mode, reporter.step)
+    compressed, record, details = _coded(job, options) if recipe.coded else _ranks(job, options)
     measured: dict[str, Any] = {}
     if len(windows.held_out):
-        reporter.stage("measuring", skeleton.num_layers)
-        quality = measure(
-            skeleton,
-            windows.held_out,
-            bases,
-            ranks,
-            key_mode,
-            reporter.step,
-            compressed=compressed,
-        )
-        measured = asdict(quality)
+        reporter.stage("measuring", 2 * job.model.num_layers)
+        held_out = HeldOut(job.model, windows.held_out, reporter.step)
+        measured = asdict(held_out.quality(compressed, step=reporter.step))
     eigen = eigen_config(
         source,
-        ranks,
-        key_mode=key_mode,
-        method=method.name,
-        head_group=head_group,
+        compressed.ranks,
+        key_mode=recipe.key_mode,
+        method=recipe.method.name,
+        head_group=recipe.head_group,
         bases_only=options.bases_only,
+        key_offset=recipe.coded,
         provenance={
-            **state.provenance,
+            **job.state.provenance,
             "base": {"name": source.name, "fingerprint": source.fingerprint},
             "calibration": {
                 "text": corpus.name,
-                "samples": len(windows.chosen),
-                "seq_len": windows.chosen.shape[1],
+                "samples": len(job.tokens),
+                "seq_len": job.tokens.shape[1],
                 "seed": options.seed,
-                **choice,
+                **record,
+                "refit": recipe.refit,
             },
             "measured": measured,
         },
@@ -143,44 +91,60 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
     reporter.stage("writing", len(source.weights))
     write = write_bases if options.bases_only else write_checkpoint
     write(
-        compressed.source,
+        compressed.model.source,
         eigen,
-        bases,
+        compressed.bases,
         options.output,
-        details={"spectrum": spectrum, "loss_curves": losses},
+        details=details,
         overwrite=options.overwrite,
         step=reporter.step,
     )
-    remember_base(source.fingerprint, source.folder)
-    state.discard()
+    record_base_folder(source.fingerprint, source.folder)
+    job.state.discard()
     return eigen
 
 
-def foresee(options: Options) -> Prediction:
-    """What `calibrate` would give and cost; reads the configuration only.
-
-    Raises:
-        UsageError, InputError, OutputError: what it would refuse for the configuration alone.
-    """
-    options.check()
-    method = get_method(options.method)
-    device = pick_device(options.device)
-    source = open_source(options.model, with_weights=False)
-    return predict(
-        source,
-        method,
-        kv_ratio=options.kv_ratio,
-        samples=options.samples,
-        length=options.length,
-        key_mode=_key_mode(options, source),
-        head_group=_head_group(options, method, source),
-        device=device,
-    )
+def _coded(job: Job, options: Options) -> tuple[TruncatedModel, dict[str, Any], dict[str, Any]]:
+    """The model with coded latents, how widths were chosen, and what reports draw on."""
+    calibrator = CodedCalibrator(job)
+    allocation = calibrator.allocate(options.target)
+    return calibrator.compress(allocation.ranks), allocation.record(), {}
 
 
-def _spectrum(bases: LayerBases) -> dict[str, list[float]]:
+def _ranks(job: Job, options: Options) -> tuple[TruncatedModel, dict[str, Any], dict[str, Any]]:
+    """The same with latents of 16 bits, some dropped; with scales for an fp8 cache."""
+    calibrator = Calibrator(job, options.target)
+    allocation = calibrator.allocate(options.target)
+    compressed = calibrator.compress(allocation.ranks)
+    job.reporter.stage("scaling", job.model.num_layers)
+    compressed = fit_scales(compressed, job.tokens, job.reporter.step)
+    curves = allocation.loss_curves
+    details = {
+        "spectrum": [_spectrum(item) for item in calibrator.bases],
+        "loss_curves": None if curves is None else [asdict(item) for item in curves],
+    }
+    return compressed, allocation.record(), details
+
+
+def _state(
+    options: Options, source: Source, recipe: Recipe, tokens: torch.Tensor, device: torch.device
+) -> State:
+    inputs = {
+        "base": source.fingerprint,
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "method": recipe.method.name,
+        "key_mode": recipe.key_mode,
+        "head_group": recipe.head_group,
+        "error_budget": options.target.error_budget,
+        "full": options.target.full_rank,
+        "device": str(device),
+    }
+    return State.open(inputs, resume=options.resume, provenance=options.provenance)
+
+
+def _spectrum(bases: LayerBases) -> dict[str, Sequence[float]]:
     """Singular values by rank, averaged over heads, relative to the largest."""
-    result: dict[str, list[float]] = {}
+    result: dict[str, Sequence[float]] = {}
     for part, basis in (("key", bases.key), ("value", bases.value)):
         mean = basis.energy.sqrt().mean(0)
         scale = float(mean.max()) or 1.0
@@ -209,31 +173,3 @@ def _windows(options: Options, source: Source, corpus: Corpus, reporter: Reporte
             "is the text of the model's kind?"
         )
     return windows
-
-
-def _key_mode(options: Options, source: Source) -> KeyMode:
-    modes = source.family.key_modes
-    chosen = options.key_mode or modes[0]
-    if chosen not in modes:
-        raise UsageError(
-            f"--key-cache {chosen} does not fit {source.family.architecture}; "
-            f"choose from {', '.join(modes)}"
-        )
-    return chosen
-
-
-def _head_group(options: Options, method: Method, source: Source) -> int:
-    heads = source.geometry.num_kv_heads
-    if options.head_group is None:
-        group = method.head_group
-        while heads % group:
-            group -= 1
-        return group
-    group = options.head_group
-    if group > method.max_head_group:
-        raise UsageError(
-            f"--head-group {group}: method {method.name} goes up to {method.max_head_group}"
-        )
-    if heads % group:
-        raise UsageError(f"--head-group {group} does not divide the model's {heads} KV heads")
-    return group

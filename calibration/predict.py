@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--dry-run`: what a calibration would give and cost, from the configuration alone.
 
 Needs neither weights nor text: parameter counts come from a model without storage, the speed
@@ -6,27 +7,32 @@ from a short matrix product on the device.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from calibration import refit, scales
-from calibration.methods.base import Method
-from calibration.probe import SHARES, TOKENS
-from calibration.source import Source
-from calibration.stream import BATCH_TOKENS, SPILL_LIMIT, auto_config, auto_model
-from vllm_eigen.families import KeyMode
+from vllm_eigen.calibration.allocation.probe import SHARES, TOKENS
+from vllm_eigen.calibration.coding.budget import bytes_for, most_bytes
+from vllm_eigen.calibration.export import refit, scales
+from vllm_eigen.calibration.gradient_cost import GradientCost, gradient_cost
+from vllm_eigen.calibration.job import recipe_of
+from vllm_eigen.calibration.model.activations import MEMORY_LIMIT
+from vllm_eigen.calibration.model.device import BATCH_TOKENS, multiplies_bfloat16, pick_device
+from vllm_eigen.calibration.model.source import Source, open_source
+from vllm_eigen.calibration.model.transformers_model import auto_config, auto_model
+from vllm_eigen.calibration.options import HELD_OUT, Options
 
 _RESIDENT = {"cpu": 450 << 20, "cuda": 1200 << 20}
 """Bytes that Python, torch and transformers take before anything is loaded."""
 _OVERHEAD_SECONDS = 8.0
 """Imports, tokenizing, writing: what a calibration takes however small the model."""
-_HELD_OUT = 8
-"""Windows that the result is measured on."""
 _EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a layer reaches."""
+_ATTENTION_EFFICIENCY = 0.35
+"""The same of attention, forward and backward, counting what lies before the diagonal."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,20 @@ class Prediction:
     """What to expect.
 
     Attributes:
-        kv_ratio: None where the error budget decides it.
-        bytes_per_token: KV cache at the model's element type, None likewise.
+        layers, kept_layers: that are compressed, and that stay as the base model has them.
+        kv_ratio: of the layers that are compressed, as the bytes below are; None where the error
+            budget decides it.
+        bytes_per_token: KV cache at the model's element type, of coded latents the most that the
+            ratio allows; None likewise.
         uncompressed_bytes_per_token: the same of the base model.
         tokens_per_gib: tokens a GiB of KV cache holds, None likewise.
         peak_memory_bytes: resident memory of the process (on the GPU for cuda).
-        disk_bytes: the checkpoint, the state for --resume and spilled activations.
+        disk_bytes: the checkpoint, the state for --resume and memory-mapped activations.
         seconds: an estimate within a factor of two or so.
     """
 
+    layers: int
+    kept_layers: int
     kv_ratio: float | None
     bytes_per_token: int | None
     uncompressed_bytes_per_token: int
@@ -52,23 +63,17 @@ class Prediction:
     seconds: float
 
 
-def predict(
-    source: Source,
-    method: Method,
-    *,
-    kv_ratio: float | None,
-    samples: int,
-    length: int,
-    key_mode: KeyMode,
-    head_group: int,
-    device: torch.device,
-) -> Prediction:
-    """Predict one calibration.
+def predict(options: Options) -> Prediction:
+    """Predict what `pipeline.calibrate` would give and cost.
 
     Raises:
-        InputError: the configuration is not usable.
+        UsageError, InputError, OutputError: what it would refuse for the configuration alone.
     """
-    geometry = source.geometry
+    options.check()
+    device = pick_device(options.device)
+    source = open_source(options.model, with_weights=False)
+    recipe = recipe_of(options, source)
+    geometry, kv_ratio = source.geometry, options.target.kv_ratio
     with torch.device("meta"):
         model = auto_model(auto_config(source), eager=False)
     layers = model.get_submodule(source.family.decoder).get_submodule(source.family.layers)
@@ -76,51 +81,76 @@ def predict(
     total = sum(p.numel() for p in model.parameters())
     outside = total - sum(p.numel() for p in layers.parameters())
     element = 4 if str(_dtype(source)) == "float32" else 2
-    full = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_size
+    count = len(source.family.compressed_layers(source.config))
+    full = 2 * count * geometry.num_kv_heads * geometry.head_size
+    cached = 2 if recipe.coded else element  # codes are compared with 16 bits
     kept = None
-    if kv_ratio is not None:
-        parts = 2 * geometry.num_layers
-        heads = geometry.num_kv_heads // head_group
-        kept = max(round(kv_ratio * full / heads), parts) * heads
+    if recipe.coded:
+        most = most_bytes(geometry.head_size)
+        budget = min(bytes_for(options.target.ratio_of_coded(), geometry.head_size), most)
+        kept = int(budget * count) * geometry.num_kv_heads
+    elif kv_ratio is not None:
+        parts = 2 * count
+        heads = geometry.num_kv_heads // recipe.head_group
+        kept = max(round(kv_ratio * full / heads), parts) * heads * cached
 
-    length = min(length, source.max_positions)
-    tokens = samples * length
+    length = min(options.length, source.max_positions)
+    tokens = options.samples * length
     hidden = tokens * geometry.hidden_size * 4
-    probing = kv_ratio is not None and method.rank_rule == "global"
-    trials = 2 * len(SHARES) * geometry.num_layers if probing else 0
+    probing = (
+        kv_ratio is not None and not recipe.coded and recipe.rank_method.rank_rule.measures_losses
+    )
+    trials = 2 * len(SHARES) * count if probing else 0
     # Every trial has hidden states of its own, once those of the text are gone.
     activations = hidden, trials * TOKENS * geometry.hidden_size * 4
-    spilled = max((size for size in activations if size > SPILL_LIMIT), default=0)
-    kept_hidden = max((size for size in activations if size <= SPILL_LIMIT), default=0)
+    mapped = max((size for size in activations if size > MEMORY_LIMIT), default=0)
+    kept_hidden = max((size for size in activations if size <= MEMORY_LIMIT), default=0)
+    gradients = None
+    if recipe.uses_gradients:
+        gradients = gradient_cost(
+            geometry,
+            layer_parameters=layer,
+            head_parameters=geometry.hidden_size * source.vocab_size,
+            tokens=tokens,
+            length=length,
+            memory_limit=MEMORY_LIMIT if options.memory_limit is None else options.memory_limit,
+        )
+        kept_hidden, mapped = gradients.memory_bytes, gradients.disk_bytes
     if device.type == "cuda":
         kept_hidden = 0  # they wait in the host's memory
-    statistics = method.statistics(key_mode, head_group)
-    moments = sum(_product(item().shape(geometry)) for item in statistics) * 8
-    bases = 4 * geometry.num_layers * geometry.num_kv_heads * head_group * geometry.head_size**2 * 8
+    moments = sum(math.prod(item.shape(geometry)) for item in recipe.statistics) * 8
+    bases = 4 * count * geometry.num_kv_heads * recipe.head_group * geometry.head_size**2 * 8
     batch = max(1, BATCH_TOKENS[device.type] // length)
-    eager = any(item.needs_probabilities for item in statistics)
+    eager = recipe.needs_probabilities
     scores = (4 if eager else 1) * batch * geometry.num_heads * length * length * 4
     widest = 8 * batch * length * max(geometry.hidden_size, layer // geometry.hidden_size // 3) * 4
     peak = _RESIDENT[device.type] + 4 * (outside + layer) + 3 * moments + bases + widest
     peak += (scores if eager or source.family.qkv_proj else 0) + kept_hidden
 
-    # A trial joins at its layer, the middle one on average; the paper's sweep takes one layer each.
+    # A trial joins at its layer, the middle one on average; the error grid takes one layer each.
     probes = trials * (geometry.num_layers + 1) / (2 * geometry.num_layers) if probing else 14.0
+    if recipe.uses_gradients:
+        probes = 0.0
     # After the ranks: the refit's passes, some windows for the scales, the held-out ones twice.
-    refits = method.refit and (kv_ratio is None or kv_ratio < 1)
-    after = 3 * min(tokens, refit.TOKENS * geometry.hidden_size) * refits
-    after += min(tokens, max(scales.TOKENS, length)) + 2 * _HELD_OUT * length
-    flops = 2.0 * (total - outside) * (tokens + probes * TOKENS + after)
-    flops += 4.0 * geometry.num_layers * tokens * length * geometry.num_heads * geometry.head_size
-    speed = _EFFICIENCY * _flops_per_second(device)
+    after = 3 * min(tokens, refit.TOKENS * geometry.hidden_size) * recipe.refit
+    after += min(tokens, max(scales.TOKENS, length)) + 2 * HELD_OUT * length
+    passed = probes * TOKENS + after + (0 if gradients else tokens)
+    flops = 2.0 * (total - outside) * passed
+    flops += 4.0 * geometry.num_layers * passed * length * geometry.num_heads * geometry.head_size
+    speed = _flops_per_second(device, torch.float32)
+    seconds = _OVERHEAD_SECONDS + flops / (_EFFICIENCY * speed)
+    if gradients is not None:
+        seconds += _gradient_seconds(gradients, device, speed)
     return Prediction(
-        kv_ratio=None if kept is None else kept / full,
-        bytes_per_token=None if kept is None else kept * element,
-        uncompressed_bytes_per_token=full * element,
-        tokens_per_gib=None if kept is None else (1 << 30) // (kept * element),
+        layers=count,
+        kept_layers=geometry.num_layers - count,
+        kv_ratio=None if kept is None else kept / (full * cached),
+        bytes_per_token=kept,
+        uncompressed_bytes_per_token=full * cached,
+        tokens_per_gib=None if kept is None else (1 << 30) // kept,
         peak_memory_bytes=peak,
-        disk_bytes=total * element + bases + spilled,
-        seconds=_OVERHEAD_SECONDS + flops / speed,
+        disk_bytes=total * element + bases + mapped,
+        seconds=seconds,
     )
 
 
@@ -128,17 +158,19 @@ def _dtype(source: Source) -> Any:
     return source.config.get("dtype") or source.config.get("torch_dtype") or "float16"
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+def _gradient_seconds(cost: GradientCost, device: torch.device, speed: float) -> float:
+    layers = speed
+    if multiplies_bfloat16(device):
+        layers = _flops_per_second(device, torch.bfloat16)
+    seconds = cost.layer_flops / (_EFFICIENCY * layers)
+    seconds += cost.attention_flops / (_ATTENTION_EFFICIENCY * speed)
+    return seconds + cost.head_flops / (_EFFICIENCY * speed)
 
 
-def _flops_per_second(device: torch.device) -> float:
+def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """Of a large product, at its best: other work on the machine must not count."""
     size = 4096 if device.type == "cuda" else 512
-    x = torch.randn(size, size, device=device)
+    x = torch.randn(size, size, device=device, dtype=dtype)
     float((x @ x)[0, 0])
     times: list[float] = []
     while len(times) < 3 or sum(times) < 0.2:

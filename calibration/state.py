@@ -1,4 +1,5 @@
-"""What a calibration has finished so far, on disk, so that `--resume` takes it up again.
+# SPDX-License-Identifier: Apache-2.0
+"""What a calibration has finished so far, on disk, so that `--resume` continues from it.
 
 One folder per set of inputs in the user's cache, named by their digest: nothing is ever resumed
 with another model, text or option. Each layer's result is one file, written atomically after the
@@ -9,64 +10,70 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from calibration.methods.base import Basis, LayerBases
-from calibration.ranks import ErrorCurve
-from vllm_eigen.errors import OutputError
-from vllm_eigen.files import atomic_file
+from vllm_eigen.calibration.cache import cache_folder
+from vllm_eigen.calibration.layer_result import ErrorCurve, LayerResult
+from vllm_eigen.calibration.methods.basis import Basis, LayerBases
+from vllm_eigen.common.files import atomic_file
 
-_VERSION = 3
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What the streaming pass found for one layer."""
-
-    bases: LayerBases
-    curve: ErrorCurve
+_VERSION = 4
 
 
 class State:
     """Finished layers of one calibration.
 
     Args:
-        inputs: everything the result depends on, JSON-ready.
-        resume: keep what an earlier run with the same inputs left; otherwise start over.
+        folder: where they are kept; None keeps nothing, so that nothing is found again.
         provenance: the record to publish, unless an earlier run left its own.
 
     Raises:
-        OutputError: the cache folder cannot be written.
+        OutputError: the folder cannot be written.
     """
 
     def __init__(
-        self, inputs: Mapping[str, Any], *, resume: bool, provenance: dict[str, Any]
+        self, folder: Path | None = None, provenance: Mapping[str, Any] | None = None
     ) -> None:
+        self.folder = folder
+        self.provenance: dict[str, Any] = self.read_json("provenance") or dict(provenance or {})
+        self.write_json("provenance", self.provenance)
+
+    @classmethod
+    def open(
+        cls, inputs: Mapping[str, Any], *, resume: bool, provenance: Mapping[str, Any]
+    ) -> State:
+        """The state of a calibration in the user's cache.
+
+        Args:
+            inputs: everything the result depends on, JSON-ready.
+            resume: keep what an earlier run with the same inputs left; otherwise start over.
+            provenance: see the class.
+
+        Raises:
+            OutputError: the cache folder cannot be written.
+        """
         text = json.dumps({"version": _VERSION, **inputs}, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:24]
-        self.folder = cache_folder() / "calibration" / digest
+        folder = cache_folder() / "calibration" / digest
         if not resume:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.provenance: dict[str, Any] = self.recall("provenance") or provenance
-        self.remember("provenance", self.provenance)
+            shutil.rmtree(folder, ignore_errors=True)
+        return cls(folder, provenance)
 
-    def load(self, layer: int) -> LayerResult | None:
+    def load_layer(self, layer: int) -> LayerResult | None:
         """A finished layer, or None."""
-        tensors, curve = self.recall_tensors(_name(layer)), self.recall(_name(layer))
-        if tensors is None or curve is None:
+        tensors, record = self.read_tensors(_name(layer)), self.read_json(_name(layer))
+        if tensors is None or record is None:
             return None
-        return _result(tensors, curve)
+        return _result(tensors, record)
 
-    def save(self, layer: int, result: LayerResult) -> LayerResult:
-        """Keep a finished layer; returns it as `load` will.
+    def save_layer(self, layer: int, result: LayerResult) -> LayerResult:
+        """Keep a finished layer; returns it as `load_layer` will.
 
         Raises:
             OutputError: the cache folder cannot be written.
@@ -76,14 +83,16 @@ class State:
             for part, basis in (("key", result.bases.key), ("value", result.bases.value))
             for name, tensor in basis.tensors().items()
         }
-        curve = asdict(result.curve)
-        self.remember(_name(layer), curve)
-        return _result(self.remember_tensors(_name(layer), tensors), curve)
+        record = {"errors": None if result.errors is None else asdict(result.errors)}
+        self.write_json(_name(layer), record)
+        return _result(self.write_tensors(_name(layer), tensors), record)
 
-    def recall_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
         """Tensors kept by an interrupted run, or None."""
         from safetensors import SafetensorError, safe_open
 
+        if self.folder is None:
+            return None
         try:
             with safe_open(self.folder / f"{name}.safetensors", framework="pt") as stored:
                 # Cloned: the last bit of a product depends on how its factors lie in memory.
@@ -94,10 +103,10 @@ class State:
         except (OSError, SafetensorError):
             return None
 
-    def remember_tensors(
+    def write_tensors(
         self, name: str, tensors: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Keep tensors; returns them as `recall_tensors` will.
+        """Keep tensors; returns them as `read_tensors` will.
 
         Raises:
             OutputError: the cache folder cannot be written.
@@ -105,78 +114,47 @@ class State:
         from safetensors.torch import save_file
 
         kept = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
-        with atomic_file(self.folder / f"{name}.safetensors") as path:
-            save_file(kept, path)
+        if self.folder is not None:
+            with atomic_file(self.folder / f"{name}.safetensors") as path:
+                save_file(kept, path)
         return kept
 
-    def recall(self, name: str) -> Any:
+    def read_json(self, name: str) -> Any:
         """A JSON value kept by an interrupted run, or None."""
+        if self.folder is None:
+            return None
         try:
             return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
-    def remember(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: Any) -> None:
         """Keep a JSON value.
 
         Raises:
             OutputError: the cache folder cannot be written.
         """
+        if self.folder is None:
+            return
         with atomic_file(self.folder / f"{name}.json") as path:
             path.write_text(json.dumps(value), encoding="utf-8")
 
     def discard(self) -> None:
-        """The result is written: the state has done its duty."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the state, once the result is written."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _name(layer: int) -> str:
     return f"layer-{layer:04d}"
 
 
-def _result(tensors: dict[str, torch.Tensor], curve: dict[str, Any]) -> LayerResult:
+def _result(tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> LayerResult:
     bases = [
         Basis(**{name: tensors[f"{part}.{name}"] for name in Basis.__dataclass_fields__})
         for part in ("key", "value")
     ]
-    return LayerResult(
-        LayerBases(*bases), ErrorCurve(tuple(curve["thresholds"]), tuple(curve["errors"]))
-    )
-
-
-def cache_folder() -> Path:
-    """Where states live: `$VLLM_EIGEN_CACHE`, the user's cache, or the temporary folder.
-
-    Raises:
-        OutputError: none of them can be written.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    chosen = os.environ.get("VLLM_EIGEN_CACHE")
-    places = [Path(chosen)] if chosen else [Path(home) / "vllm-eigen", _temporary()]
-    for place in places:
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(place, os.W_OK):
-            return place
-    raise OutputError(f"cannot write {places[0]}; set VLLM_EIGEN_CACHE to a writable folder")
-
-
-def remember_base(fingerprint: str, folder: Path) -> None:
-    """Note where a base model lies on this machine, so that no checkpoint has to say it."""
-    with atomic_file(cache_folder() / "bases" / fingerprint) as path:
-        path.write_text(str(folder.resolve()), encoding="utf-8")
-
-
-def recall_base(fingerprint: str) -> Path | None:
-    """Where the base model with this fingerprint was last seen on this machine, if it is there."""
-    try:
-        text = (cache_folder() / "bases" / fingerprint).read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return Path(text) if Path(text).is_dir() else None
-
-
-def _temporary() -> Path:
-    return Path(tempfile.gettempdir()) / f"vllm-eigen-{os.getuid()}"
+    errors = record["errors"]
+    if errors is not None:
+        errors = ErrorCurve(tuple(errors["thresholds"]), tuple(errors["errors"]))
+    return LayerResult(LayerBases(*bases), errors)

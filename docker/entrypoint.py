@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entry point of the images: calibrate on the first start, then become the server.
 
 Everything is said in the environment, see `.env.example`; arguments are flags for
@@ -10,7 +11,6 @@ for the first.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,8 +23,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.units import parse_size
-from vllm_eigen.errors import EigenError, InputError, OutputError, UsageError
+from filelock import FileLock
+
+from vllm_eigen.common.errors import EigenError, InputError, OutputError, UsageError
+from vllm_eigen.common.sizes import parse_size
 
 COMMAND = (sys.executable, "-m", "vllm_eigen.cli")
 CALIBRATE_ONLY = "--calibrate-only"
@@ -75,9 +77,9 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
 
     if not value("EIGEN_MODEL"):
         raise UsageError("set EIGEN_MODEL to a model folder or a Hugging Face hub id")
-    ratio = value("EIGEN_KV_RATIO", "0.6")
+    ratio = value("EIGEN_KV_RATIO", "0.27")
     if ratio != AS_IT_IS and not re.fullmatch(r"0?\.\d+|1(\.0*)?", ratio):
-        raise UsageError(f"EIGEN_KV_RATIO={ratio} is no share; give e.g. 0.6, or {AS_IT_IS}")
+        raise UsageError(f"EIGEN_KV_RATIO={ratio} is no share; give e.g. 0.27, or {AS_IT_IS}")
     named = value("EIGEN_CHECKPOINT")
     return Settings(
         model=value("EIGEN_MODEL"),
@@ -132,10 +134,15 @@ def prepare(settings: Settings) -> str:
 
 
 def serve_command(settings: Settings, model: str, arguments: Sequence[str]) -> list[str]:
-    """The command line of the server; clients know the model by its base's name."""
+    """The command line of the server.
+
+    Clients know the model by its base's name. Metrics carry the first name: with one of its own the
+    compressed model stays apart from a server of its base.
+    """
     folder = Path(settings.model)
     name = folder.resolve().name if folder.is_dir() else settings.model
-    command = [*COMMAND, "serve", model, "--served-model-name", name]
+    names = [name] if model == settings.model else [f"{name}-eigen", name]
+    command = [*COMMAND, "serve", model, "--served-model-name", *names]
     command += ["--host", settings.host, "--port", settings.port]
     if settings.pool_bytes is not None:
         command += ["--kv-cache-memory-bytes", str(settings.pool_bytes)]
@@ -165,7 +172,7 @@ def _calibrate(settings: Settings, kv_ratio: str, output: Path) -> None:
         command += ["--text", *map(str, settings.texts)]
     _say(f"calibrating {settings.model} at KV ratio {kv_ratio}, once")
     # What it would need to go on after an interruption lies on the volume, too.
-    environment = {**os.environ, "VLLM_EIGEN_CACHE": str(output.parent / ".unfinished")}
+    environment = {**os.environ, "EIGEN_CACHE": str(output.parent / ".unfinished")}
     child = subprocess.Popen([*command, *settings.calibrate_flags], env=environment)
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
@@ -198,13 +205,12 @@ def _lock(output: Path) -> Iterator[None]:
     path = output.parent / f".{output.name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        held = FileLock(path).acquire()
     except OSError as error:
         raise OutputError(
             f"cannot write {path.parent}: {error.strerror}; mount a volume this user may write"
         ) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with held:
         yield
 
 

@@ -1,5 +1,7 @@
-"""Routes that add KV-cache figures to vLLM's OpenAI-compatible server.
+# SPDX-License-Identifier: Apache-2.0
+"""Routes that add KV-cache statistics to vLLM's OpenAI-compatible server.
 
-Holds: the `serve` command, the endpoint plugin, the figures and their schemas. May import
-`vllm_eigen`, FastAPI and vLLM's public surface; never `calibration`.
+Workers report their cache (`vllm_eigen.plugin.kv_layout`) -> `stats` -> `api`; `plugin` ties them
+to vLLM's server, `launch` checks and starts it. Imports FastAPI, vLLM, and `vllm_eigen`'s
+`common`, `checkpoint` and `plugin`; never `calibration`.
 """

@@ -1,108 +1,97 @@
-"""vLLM endpoint plugin: the project's routes on vLLM's own API server."""
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM endpoint plugin: the project's routes on vLLM's own API server.
+
+Ties the room together: middleware and error shape from `http`, routes from `api`, and a `Monitor`
+from `stats` that the routes find in `app.state.eigen_monitor`.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import os
 from argparse import Namespace
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
 
-from server import dashboard, routes
-from server.drain import Drain, Draining, bound_shutdown
-from server.errors import routing_error
-from server.figures import Figures
-from server.gauges import Gauges
-from server.limits import BodyLimit
-from server.monitor import Monitor
-from server.units import counted, size
-from vllm_eigen.errors import EngineError
+from vllm_eigen.common.errors import EngineError
+from vllm_eigen.server.api import dashboard, routes
+from vllm_eigen.server.http import probes
+from vllm_eigen.server.http.access import OPEN_BY_DEFAULT, AccessMiddleware
+from vllm_eigen.server.http.drain import (
+    DrainingEngineClient,
+    DrainMiddleware,
+    DrainState,
+    bounded_shutdown,
+)
+from vllm_eigen.server.http.errors import http_exception_handler
+from vllm_eigen.server.http.limits import MAX_BODY_BYTES, BodyLimitMiddleware
+from vllm_eigen.server.stats.gauges import Gauges
+from vllm_eigen.server.stats.layout import read_layout, summary
+from vllm_eigen.server.stats.monitor import Monitor
 
 logger = logging.getLogger("vllm.eigen")
 
-LAYOUT_SECONDS = 30.0
-"""How long to wait for the workers' layout."""
+OPEN_FLAG, BODY_FLAG = "open_routes", "max_body_size"
+"""Where the parsed flags of `vllm-eigen serve` have them."""
 
 
 class KVCacheEndpoints:
     """Satisfies vLLM's `EndpointPlugin` protocol; entry point `eigen_kv_cache`."""
 
     name = "eigen_kv_cache"
-    required_tasks = ("generate",)
+    required_tasks = None
+    """The guards belong before every model, not only before those that generate."""
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, the bounds on request bodies, and OpenAI's shape for routing errors."""
+        """Add the routes, the guards, and OpenAI's shape for routing errors.
+
+        What is added last is asked first: the key, then whether the server takes requests, then
+        the size of the body.
+        """
+        args = getattr(app.state, "args", Namespace())
         app.include_router(routes.router)
         app.include_router(dashboard.router)
-        app.add_middleware(BodyLimit)
-        app.state.eigen_drain = Drain()
-        app.add_middleware(Draining, drain=app.state.eigen_drain)
-        app.add_exception_handler(HTTPException, routing_error)
+        app.include_router(probes.router)
+        app.include_router(APIRouter(lifespan=bounded_shutdown))
+        app.add_middleware(BodyLimitMiddleware, max_bytes=_given(args, BODY_FLAG, MAX_BODY_BYTES))
+        app.state.eigen_drain = DrainState()
+        app.add_middleware(DrainMiddleware, drain=app.state.eigen_drain)
+        if keys := _keys(args):
+            open_routes = _given(args, OPEN_FLAG, OPEN_BY_DEFAULT)
+            app.add_middleware(AccessMiddleware, keys=keys, open_routes=open_routes)
+        app.add_exception_handler(HTTPException, http_exception_handler)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Read the cache layout from the workers, once, and begin to sample.
 
-        An engine without such a layout still serves; our routes then answer 503 and say why.
+        An engine without such a layout still serves; our routes then answer 503 with the reason.
         """
         if engine_client is not None:
-            state.eigen_drain.watch(engine_client)
-        state.eigen_shutdown_bound = asyncio.create_task(bound_shutdown(state))
+            state.engine_client = DrainingEngineClient(engine_client, state.eigen_drain)
+        state.eigen_drain.serving = True
         try:
-            figures = await _figures(engine_client)
+            layout = await read_layout(engine_client)
         except EngineError as error:
             logger.warning("no KV-cache statistics: %s", error)
             state.eigen_monitor = str(error)
             return
         names = args.served_model_name or [args.model]
         gauges = Gauges(names if isinstance(names, str) else names[0])
-        state.eigen_monitor = Monitor(figures, publish=gauges.publish)
+        state.eigen_monitor = Monitor(layout, publish=gauges.publish)
         state.eigen_monitor.start()
         if getattr(engine_client.vllm_config.parallel_config, "_api_process_rank", 0) <= 0:
-            logger.info(explain(figures))
+            logger.info(summary(layout))
 
 
-def explain(figures: Figures) -> str:
-    """What the pool holds, in one line."""
-    ratio = figures.bytes_per_token / figures.full_bytes_per_token
-    line = f"KV pool {size(figures.pool_bytes)} = {counted(figures.capacity)} tokens"
-    if figures.bytes_per_token == figures.full_bytes_per_token:
-        return f"{line}, uncompressed"
-    without = counted(figures.uncompressed_capacity)
-    return f"{line}; uncompressed it would hold {without} (KV ratio {ratio:.2f})"
+def _keys(args: Namespace) -> list[str]:
+    """The API keys, from where vLLM takes them: `--api-key`, else the environment."""
+    given = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+    return [key for key in given if key]
 
 
-async def _figures(engine_client: Any) -> Figures:
-    """The layout of the engine's cache.
-
-    Raises:
-        EngineError: there is no engine, it keeps no statistics, or its workers do not answer.
-    """
-    if engine_client is None:
-        raise EngineError("this server has no engine")
-    if not getattr(engine_client, "log_stats", True):
-        raise EngineError("statistics are switched off; start without --disable-log-stats")
-    try:
-        ranks = await asyncio.wait_for(
-            engine_client.collective_rpc("eigen_kv_layout"), timeout=LAYOUT_SECONDS
-        )
-    except TimeoutError as error:
-        raise EngineError("the engine did not report its KV cache in time") from error
-    except Exception as error:
-        raise EngineError(
-            "the workers cannot report their KV cache; start with `vllm-eigen serve`, which adds "
-            f"the worker extension ({type(error).__name__})"
-        ) from error
-    config = engine_client.vllm_config
-    parallel = config.parallel_config
-    return Figures(
-        ranks,
-        full_element_size=config.model_config.dtype.itemsize,
-        max_model_len=config.model_config.max_model_len,
-        pool_blocks=config.cache_config.num_gpu_blocks,
-        block_size=config.cache_config.block_size,
-        num_engines=parallel.data_parallel_size_local
-        if parallel.local_engines_only
-        else parallel.data_parallel_size,
-    )
+def _given(args: Namespace, flag: str, default: Any) -> Any:
+    """Value of a flag of `vllm-eigen serve`; vLLM's own command does not know it."""
+    found = getattr(args, flag, None)
+    return default if found is None else found

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings for the whole suite: no network, no usage statistics, one thread a test process.
 
 Tests run in several processes at once, and threads that wait for each other crawl on shared cores.
@@ -17,8 +18,37 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-TOGETHER = ("tests/server/", "tests/kernels/")
-"""Files below these go to one process: they share started servers, or compiled kernels."""
+TIERS = {
+    "tests/kernels/": "kernel",
+    "tests/plugin/": "engine",
+    "tests/server/stats/": "unit",
+    "tests/server/http/test_limits.py": "unit",
+    "tests/server/launch/test_estimate.py": "unit",
+    "tests/server/": "server",
+    "tests/docker/": "deploy",
+    "tests/docs/": "deploy",
+    "tests/packaging/": "deploy",
+    "tests/": "unit",
+}
+"""Tier of the tests below a path; the first that fits counts, a test's own marker before it."""
+ORDER = ("server", "kernel", "engine", "deploy", "unit")
+"""Tiers by how long their longest file takes: what is long begins first."""
+TOGETHER = ("tests/server/",)
+"""Files below these go to one process: they share started servers."""
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo's model, one copy in the user's cache for all tests and the demo."""
+    from demo import model
+    from vllm_eigen.common.errors import EigenError
+
+    try:
+        return model.fetch()
+    except EigenError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"{error} (in CI this is a failure)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,14 +58,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--compatibility")
     if path is not None and not hasattr(config, "workerinput"):  # of pytest-xdist
-        from tests.engine.compatibility import Compatibility
+        from tests.plugin.harness.compatibility import Compatibility
 
         config.pluginmanager.register(Compatibility(path))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test its tier; files with slow tests of early tiers come first."""
+    first: dict[Path, tuple[bool, int]] = {}
+    for item in items:
+        tiers = {mark.name for mark in item.iter_markers() if mark.name in ORDER}
+        if not tiers:
+            path = item.path.relative_to(config.rootpath).as_posix()
+            tiers = {next(tier for place, tier in TIERS.items() if path.startswith(place))}
+            item.add_marker(*tiers)
+        if len(tiers) > 1:
+            raise pytest.UsageError(f"{item.nodeid} has several tiers: {', '.join(sorted(tiers))}")
+        rank = item.get_closest_marker("slow") is None, ORDER.index(*tiers)
+        first[item.path] = min(rank, first.get(item.path, rank))
+    items.sort(key=lambda item: first[item.path])
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A test file goes to one process, and some folders do; what has most tests begins first."""
+    """A test file goes to one process, and some folders do; they begin in the order of `items`."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
@@ -43,4 +89,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             path = str(super()._split_scope(nodeid))
             return next((folder for folder in TOGETHER if path.startswith(folder)), path)
 
+    config.option.loadscopereorder = False  # by the number of tests
     return Scheduling(config, log)

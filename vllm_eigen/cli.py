@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The `vllm-eigen` command: finds its subcommands and runs one.
 
 A subcommand is a light module announced under the entry-point group `vllm_eigen.commands` with
@@ -8,7 +9,8 @@ A subcommand is a light module announced under the entry-point group `vllm_eigen
 
 It imports torch, vLLM and the like only inside `run`, so `--help` stays instant. A module with
 `RAW_ARGUMENTS = True` parses its own command line, found in `args.arguments`. Errors of the
-project's tree end as one line on standard error; Ctrl-C ends with 130.
+project's tree, and imports of optional packages that are not installed, end as one line on standard
+error; Ctrl-C ends with 130.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from importlib.metadata import entry_points
 from typing import Protocol
 
 from vllm_eigen import __version__
-from vllm_eigen.errors import EigenError
+from vllm_eigen.common.errors import EigenError
+from vllm_eigen.common.packages import missing_package
 
 GROUP = "vllm_eigen.commands"
 
@@ -45,9 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(arguments, modules)
     try:
         return int(args.run(args))
-    except EigenError as error:
-        print(f"vllm-eigen {args.command}: {error}", file=sys.stderr)
-        return error.exit_code
+    except (EigenError, ModuleNotFoundError) as error:
+        known = error if isinstance(error, EigenError) else missing_package(error)
+        if known is None:
+            raise
+        print(f"vllm-eigen {args.command}: {known}", file=sys.stderr)
+        return known.exit_code
     except KeyboardInterrupt:
         print(f"vllm-eigen {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -70,8 +76,17 @@ def _parse(arguments: list[str], modules: dict[str, str]) -> argparse.Namespace:
         command = _load(modules[name])
         subparser = commands.add_parser(name, help=command.HELP, description=command.HELP)
         command.add_arguments(subparser)
+        subparser.usage = _usage(subparser)
         subparser.set_defaults(run=command.run)
     return parser.parse_args(arguments)
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """One line of what must be given; argparse lists every option, wider than a terminal."""
+    needed = [action for action in parser._actions if action.required or not action.option_strings]
+    formatter = argparse.HelpFormatter(prog=f"{parser.prog} [options]", width=1000)
+    formatter.add_usage(None, needed, [], prefix="")
+    return formatter.format_help().strip()
 
 
 def _load(module: str) -> Command:

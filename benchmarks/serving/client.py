@@ -1,28 +1,25 @@
-"""Drives one server with vLLM's own benchmark client, `vllm.benchmarks.serve`, as a library.
-
-Called in this process: importing vLLM anew for every run would cost more than most runs last.
-"""
+# SPDX-License-Identifier: Apache-2.0
+"""One load on one server, sent by vLLM's own benchmark client."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.serving.endpoint import Endpoint
-from benchmarks.serving.settings import Load, Workload
-from vllm_eigen.errors import EngineError
+from vllm_eigen.benchmarks.lib.endpoint import Endpoint
+from vllm_eigen.benchmarks.serving.settings import Load, Workload
+from vllm_eigen.common.errors import EngineError
 
-METRICS = ("ttft", "tpot", "itl")
+LATENCIES = ("ttft", "tpot", "itl")
 PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
-class Driven:
+class ClientResult:
     """What the client saw in one run.
 
     Attributes:
@@ -45,7 +42,7 @@ class Driven:
     latency: dict[str, float]
 
 
-def arguments(
+def client_arguments(
     endpoint: Endpoint, tokenizer: str, workload: Workload, load: Load, number: int
 ) -> list[str]:
     """The command line of vLLM's client for one run; `number` makes its prompts its own."""
@@ -54,7 +51,7 @@ def arguments(
         *("--model", tokenizer, "--served-model-name", endpoint.model()),
         *("--dataset-name", workload.dataset, "--num-prompts", str(workload.num_prompts)),
         *("--seed", str(workload.seed + number), "--temperature", "0", "--disable-tqdm"),
-        *("--percentile-metrics", ",".join(METRICS), "--save-detailed"),
+        *("--percentile-metrics", ",".join(LATENCIES), "--save-detailed"),
         *("--metric-percentiles", ",".join(str(item) for item in PERCENTILES)),
     ]
     if workload.dataset_path is not None:
@@ -72,7 +69,7 @@ def arguments(
     return found
 
 
-def drive(command: Sequence[str], log: Path) -> Driven:
+def run_client(command: Sequence[str], log: Path) -> ClientResult:
     """Run the client once; what it prints is added to `log`.
 
     Raises:
@@ -80,26 +77,20 @@ def drive(command: Sequence[str], log: Path) -> Driven:
             fail are counted in the result instead.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of this process; see `servers`
-    from vllm.benchmarks.serve import add_cli_args, main
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm_eigen.server.launch.bench_client import run_bench_client
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = FlexibleArgumentParser(prog="vllm bench serve")
-    add_cli_args(parser)
     with (
         log.open("a", encoding="utf-8") as sink,
         contextlib.redirect_stdout(sink),
         contextlib.redirect_stderr(sink),
     ):
         try:
-            found = main(parser.parse_args(list(command)))
+            found = run_bench_client(command)
         except (Exception, SystemExit) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EngineError(f"vLLM's benchmark client failed: {reason}; see {log}") from error
-        finally:
-            gc.unfreeze()  # the client freezes the heap of what it takes for its own process
     errors = Counter(text.strip().splitlines()[-1] for text in found["errors"] if text.strip())
-    return Driven(
+    return ClientResult(
         completed=int(found["completed"]),
         failed=int(found["failed"]),
         errors=tuple(errors.most_common(3)),
@@ -109,7 +100,7 @@ def drive(command: Sequence[str], log: Path) -> Driven:
         output_throughput=float(found["output_throughput"]),
         latency={
             f"{metric}_p{percentile}": float(found[f"p{percentile}_{metric}_ms"])
-            for metric in METRICS
+            for metric in LATENCIES
             for percentile in PERCENTILES
         },
     )

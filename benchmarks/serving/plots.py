@@ -1,48 +1,42 @@
-"""Plots of a serving benchmark: a panel a figure, against concurrency or request rate."""
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of a serving benchmark: a panel a metric, against concurrency or request rate."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.serving.rows import Results
-from benchmarks.serving.settings import SIDES, Load
-from benchmarks.serving.table import FIGURES, MEAN_RUNNING, OUTPUT, PEAK_USE, spread
-from vllm_eigen.files import atomic_file
+from vllm_eigen.benchmarks.lib import plots
+from vllm_eigen.benchmarks.serving.rows import Results
+from vllm_eigen.benchmarks.serving.settings import SIDES, Load
+from vllm_eigen.benchmarks.serving.table import LATENCY, MEAN_RUNNING, OUTPUT, PEAK_USE, spread
 
-_LATENCIES = (figure for figure in FIGURES if figure.label.endswith(" ms"))
 PANELS = (
     OUTPUT,
     MEAN_RUNNING,
     PEAK_USE,
-    *(figure for figure in _LATENCIES if "p90" not in figure.label),
+    *(metric for (_, percentile), metric in LATENCY.items() if percentile != 90),
 )
 
 
 def plot(folder: Path, results: Results) -> list[Path]:
     """Draw `concurrency.png` and `rate.png`, each if there are rows of that kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     drawn = []
     for name, axis_label, loads in _sweeps(results):
-        figure, axes = plt.subplots(3, 3, figsize=(11, 8.5), layout="constrained")
-        for axis, panel in zip(axes.flat, PANELS, strict=True):
+        figure, axes = plots.pyplot().subplots(3, 3, figsize=(11, 8.5), layout="constrained")
+        for axis, metric in zip(axes.flat, PANELS, strict=True):
             for dtype in dict.fromkeys(row.kv_cache_dtype for row in results.rows):
                 for side in SIDES:
                     found = [
                         (x, values)
                         for x, load in loads
-                        if (values := spread(results, panel, side, dtype, load))
+                        if (values := spread(results, metric, side, dtype, load))
                     ]
+                    below = [values.median - values.low for _, values in found]
+                    above = [values.high - values.median for _, values in found]
                     axis.errorbar(
                         [x for x, _ in found],
                         [values.median for _, values in found],
-                        [
-                            [values.median - values.low for _, values in found],
-                            [values.high - values.median for _, values in found],
-                        ],
+                        [below, above],
                         label=f"{side}, cache {dtype}",
                         color="C0" if side == "base" else "C1",
                         linestyle="-" if dtype == "auto" else "--",
@@ -50,17 +44,14 @@ def plot(folder: Path, results: Results) -> list[Path]:
                         markersize=3,
                         capsize=2,
                     )
-            axis.set_title(panel.label, fontsize=10)
+            axis.set_title(metric.label, fontsize=10)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
         figure.supxlabel(axis_label)
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
-        path = folder / f"{name}.png"
-        with atomic_file(path) as work:
-            figure.savefig(work, dpi=110, format="png")
-        plt.close(figure)
-        drawn.append(path)
+        drawn.append(folder / f"{name}.png")
+        plots.save(figure, drawn[-1])
     return drawn
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of a serving benchmark as stored: one row a run, kept as soon as it is measured.
 
 `results.json` in the output folder is read again by a later run with the same settings, which then
@@ -6,7 +7,6 @@ measures only what is missing; `results.csv` has the same rows.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.serving.client import Driven
-from benchmarks.serving.sampler import Sampled
-from benchmarks.serving.settings import Load, Settings, SideName
-from vllm_eigen.errors import OutputError
-from vllm_eigen.files import atomic_file
+from vllm_eigen.benchmarks.lib.results import read_json, write_csv, write_text
+from vllm_eigen.benchmarks.serving.client import ClientResult
+from vllm_eigen.benchmarks.serving.sampler import ServerStats
+from vllm_eigen.benchmarks.serving.settings import Load, Settings, SideName
+from vllm_eigen.common.errors import InputError, OutputError
 
 FILE = "results.json"
 
@@ -100,10 +100,8 @@ class Results(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write `results.json` and `results.csv`."""
-        with atomic_file(folder / FILE) as work:
-            work.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        with atomic_file(folder / "results.csv") as work:
-            write_csv(work, self.rows)
+        write_text(folder / FILE, self.model_dump_json(indent=1) + "\n")
+        write_rows(folder / "results.csv", self.rows)
 
 
 def make_row(
@@ -112,10 +110,10 @@ def make_row(
     load: Load,
     repeat: int,
     cache: dict[str, Any],
-    driven: Driven,
-    sampled: Sampled,
+    client: ClientResult,
+    stats: ServerStats,
 ) -> Row:
-    """Put together what client and sampler saw; `cache` is the answer of `/v1/kv_cache`."""
+    """Put together what the client and the sampler saw; `cache` is the answer of `/v1/kv_cache`."""
     return Row(
         side=side,
         kv_cache_dtype=dtype,
@@ -125,8 +123,8 @@ def make_row(
         pool_bytes=cache["pool_bytes"],
         bytes_per_token=cache["bytes_per_token"],
         capacity_tokens=cache["tokens"]["capacity"],
-        **(vars(driven) | {"errors": list(driven.errors)}),
-        **vars(sampled),
+        **(vars(client) | {"errors": list(client.errors)}),
+        **vars(stats),
     )
 
 
@@ -155,14 +153,25 @@ def load_results(folder: Path, settings: Settings, *, overwrite: bool = False) -
     return found
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
+def read_results(path: Path) -> Results:
+    """Results of an earlier run, `results.json` or the file of `--output-json`.
+
+    Raises:
+        InputError: the file is neither.
+    """
+    document = read_json(path)
+    document.pop("summary", None)
+    try:
+        return Results.model_validate(document)
+    except ValidationError as error:
+        raise InputError(f"{path} is no result of the serving benchmark") from error
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """One line a row, latencies in columns of their own."""
     lines = []
     for row in rows:
         line = row.model_dump()
         line["errors"] = "; ".join(f"{count} x {text}" for text, count in line["errors"])
         lines.append(line | line.pop("latency"))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]) if lines else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv(path, lines)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads `/v1/kv_cache` and `/metrics` of a server while a load runs on it."""
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from benchmarks.serving.endpoint import Endpoint
-from vllm_eigen.errors import EngineError
+from vllm_eigen.benchmarks.lib.endpoint import Endpoint
+from vllm_eigen.common.errors import EngineError
 
 INTERVAL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
-class Sampled:
+class ServerStats:
     """What the samples of one run come to.
 
     Attributes:
@@ -70,8 +71,8 @@ class Sampler:
         if error is None:
             self._after = self._endpoint.counters()
 
-    def result(self) -> Sampled:
-        """Figures of the block that has ended.
+    def result(self) -> ServerStats:
+        """Stats of the block that has ended.
 
         Raises:
             EngineError: no sample saw a request running, so the run was too short to measure.
@@ -83,7 +84,7 @@ class Sampler:
                 "requests (--num-prompts, --output-len)"
             )
         running = [int(item["requests"]["running"]) for item in busy]
-        return Sampled(
+        return ServerStats(
             samples=len(busy),
             missed=self._missed,
             peak_running=max(running),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts the two servers of a benchmark in turn, with the same flags and the same KV bytes."""
 
 from __future__ import annotations
@@ -7,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.serving.endpoint import Endpoint
-from benchmarks.serving.settings import Settings, Side
-from server.process import ServerProcess, can_compile, start
+from vllm_eigen.benchmarks.lib.endpoint import Endpoint
+from vllm_eigen.benchmarks.lib.servers import running
+from vllm_eigen.benchmarks.serving.settings import Settings, Side
+from vllm_eigen.server.launch.process import ServerProcess, can_compile
 
-STARTUP_SECONDS = 600.0
 SERVED_NAME = "bench"
 # vLLM closes an idle connection after 5 s, perhaps just as the client uses it again.
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
@@ -51,15 +52,15 @@ class Servers:
             self._note(f"{side.name}, cache {dtype}: starting vLLM ...")
             log = self._logs / f"{side.name}-{dtype}.log"
             self._server = self._stack.enter_context(
-                start(side.model, *self._options(dtype), log=log, environment=ENVIRONMENT)
+                running(side.model, *self._options(side, dtype), log=log, environment=ENVIRONMENT)
             )
             self._running = (side, dtype)
-            self._server.wait_ready(STARTUP_SECONDS)
         return Endpoint(self._server.url)
 
-    def _options(self, dtype: str) -> list[str]:
-        """vLLM's flags, the same for both sides."""
+    def _options(self, side: Side, dtype: str) -> list[str]:
+        """vLLM's flags, the same for both sides but for the base's own cache type."""
         settings = self._settings
+        dtype = settings.cache_dtype(side, dtype)
         found = ["--served-model-name", SERVED_NAME, "--kv-cache-dtype", dtype]
         for flag, value in (
             ("--kv-cache-memory-bytes", settings.pool_bytes),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a serving benchmark measures: the two models, their pool, the requests, and the loads."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_eigen.errors import InputError, UsageError
+from vllm_eigen.common.errors import InputError, UsageError
 
 SideName = Literal["base", "eigen"]
 SIDES: tuple[SideName, SideName] = ("base", "eigen")
@@ -76,6 +77,7 @@ class Settings:
         server_options: further vLLM flags, for both.
         tokenizer: folder or hub id, for prompts and perplexity.
         text: held-out text for the perplexities; None for none.
+        base_cache_dtype: the base's own cache type; None: that of the row.
     """
 
     sides: tuple[Side, Side]
@@ -89,6 +91,12 @@ class Settings:
     server_options: tuple[str, ...]
     tokenizer: str
     text: Path | None
+    base_cache_dtype: str | None = None
+
+    def cache_dtype(self, side: Side, dtype: str) -> str:
+        """What a side stores in rows of a cache type."""
+        own = self.base_cache_dtype if side.name == "base" else None
+        return own or dtype
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for results to be of one table; JSON-ready.
@@ -108,6 +116,7 @@ class Settings:
             "max_num_seqs": self.max_num_seqs,
             "server_options": list(self.server_options),
             "text": self.text and _digest(self.text),
+            **({"base_cache_dtype": self.base_cache_dtype} if self.base_cache_dtype else {}),
         }
 
 

@@ -1,18 +1,20 @@
-"""Medians, spreads and paired ratios of the rows, as Markdown and for the screen."""
+# SPDX-License-Identifier: Apache-2.0
+"""Medians, ranges and paired ratios of the rows, as Markdown and for the screen."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from benchmarks.serving.client import METRICS, PERCENTILES
-from benchmarks.serving.rows import Results, Row
-from benchmarks.serving.settings import Load
+from vllm_eigen.benchmarks.lib.markdown import table
+from vllm_eigen.benchmarks.lib.spread import Spread
+from vllm_eigen.benchmarks.serving.client import LATENCIES, PERCENTILES
+from vllm_eigen.benchmarks.serving.rows import Results, Row
+from vllm_eigen.benchmarks.serving.settings import Load
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One line of the table: its name, how to read it from a row, and how to print it."""
 
     label: str
@@ -20,71 +22,63 @@ class Figure:
     form: str = "{:,.0f}"
 
 
-def _latency(metric: str, percentile: int) -> Figure:
-    key = f"{metric}_p{percentile}"
-    return Figure(f"{metric.upper()} p{percentile}, ms", lambda row: row.latency[key], "{:,.2f}")
+def _latency(name: str, percentile: int) -> Metric:
+    key = f"{name}_p{percentile}"
+    return Metric(f"{name.upper()} p{percentile}, ms", lambda row: row.latency[key], "{:,.2f}")
 
 
-OUTPUT = Figure("output tokens/s", lambda row: row.output_throughput)
-REQUESTS = Figure("requests/s", lambda row: row.request_throughput, "{:,.2f}")
-PEAK_RUNNING = Figure("concurrent sequences, peak", lambda row: row.peak_running)
-MEAN_RUNNING = Figure("concurrent sequences, mean", lambda row: row.mean_running, "{:,.1f}")
-PEAK_USE = Figure("peak KV use, % of pool", lambda row: 100 * row.peak_use, "{:.1f}")
-FIGURES = (
+OUTPUT = Metric("output tokens/s", lambda row: row.output_throughput)
+REQUESTS = Metric("requests/s", lambda row: row.request_throughput, "{:,.2f}")
+PEAK_RUNNING = Metric("concurrent sequences, peak", lambda row: row.peak_running)
+MEAN_RUNNING = Metric("concurrent sequences, mean", lambda row: row.mean_running, "{:,.1f}")
+PEAK_USE = Metric("peak KV use, % of pool", lambda row: 100 * row.peak_use, "{:.1f}")
+LATENCY = {(name, p): _latency(name, p) for name in LATENCIES for p in PERCENTILES}
+"""By name and percentile; TTFT: to the first token, TPOT: of each further one of a request, ITL:
+between tokens as they arrive."""
+COUNTS = (
+    Metric("tokens the pool holds", lambda row: row.capacity_tokens),
+    Metric("tokens held, peak", lambda row: row.peak_tokens),
+    PEAK_USE,
+    Metric("requests queued in the server, peak", lambda row: row.peak_waiting),
+    Metric("preemptions", lambda row: row.preemptions),
+    Metric("requests completed", lambda row: row.completed),
+    Metric("requests FAILED", lambda row: row.failed),
+)
+METRICS = (
     OUTPUT,
     REQUESTS,
     PEAK_RUNNING,
     MEAN_RUNNING,
-    *(_latency(metric, percentile) for metric in METRICS for percentile in PERCENTILES),
-    Figure("KV pool, MiB", lambda row: row.pool_bytes / 2**20, "{:,.1f}"),
-    Figure("KV bytes a token", lambda row: row.bytes_per_token),
-    Figure("tokens the pool holds", lambda row: row.capacity_tokens),
-    Figure("tokens held, peak", lambda row: row.peak_tokens),
-    PEAK_USE,
-    Figure("requests queued in the server, peak", lambda row: row.peak_waiting),
-    Figure("preemptions", lambda row: row.preemptions),
-    Figure("requests completed", lambda row: row.completed),
-    Figure("requests FAILED", lambda row: row.failed),
+    *LATENCY.values(),
+    Metric("KV pool, MiB", lambda row: row.pool_bytes / 2**20, "{:,.1f}"),
+    Metric("KV bytes a token", lambda row: row.bytes_per_token),
+    *COUNTS,
 )
-SHOWN = (OUTPUT, PEAK_RUNNING, MEAN_RUNNING, *FIGURES[4:13:3], *FIGURES[14:])
+SHOWN = (
+    *(OUTPUT, PEAK_RUNNING, MEAN_RUNNING),
+    *(metric for (_, percentile), metric in LATENCY.items() if percentile == 50),
+    *COUNTS,
+)
 """What the screen shows; the file has everything."""
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median, smallest and largest of the repeats."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def over(cls, values: Sequence[float]) -> Spread | None:
-        """Of some values; None of none."""
-        if not values:
-            return None
-        return cls(statistics.median(values), min(values), max(values))
-
-    def text(self, form: str) -> str:
-        """Median, and in parentheses the range where there is one."""
-        low, high = form.format(self.low), form.format(self.high)
-        middle = form.format(self.median)
-        return middle if low == high else f"{middle} ({low} to {high})"
+def _extremes(values: Sequence[float]) -> Spread | None:
+    return Spread.extremes(values) if values else None
 
 
-def spread(results: Results, figure: Figure, side: str, dtype: str, load: Load) -> Spread | None:
-    """A figure over the repeats of one server."""
-    return Spread.over(
+def spread(results: Results, metric: Metric, side: str, dtype: str, load: Load) -> Spread | None:
+    """A metric over the repeats of one server; None without any."""
+    return _extremes(
         [
-            figure.of(row)
+            metric.of(row)
             for row in results.rows
             if (row.side, row.kv_cache_dtype, row.load) == (side, dtype, load)
         ]
     )
 
 
-def ratio(results: Results, figure: Figure, dtype: str, load: Load) -> Spread | None:
-    """Eigen / base of a figure, repeat by repeat; None where a base is zero or a pair is missing.
+def ratio(results: Results, metric: Metric, dtype: str, load: Load) -> Spread | None:
+    """Eigen / base of a metric, repeat by repeat; None where a base is zero or a pair is missing.
 
     Latencies and preemptions below 1 are a gain, throughput and sequences above 1.
     """
@@ -93,25 +87,25 @@ def ratio(results: Results, figure: Figure, dtype: str, load: Load) -> Spread | 
         if (base.side, base.kv_cache_dtype, base.load) != ("base", dtype, load):
             continue
         eigen = results.row("eigen", dtype, load, base.repeat)
-        if eigen is not None and figure.of(base) > 0:
-            values.append(figure.of(eigen) / figure.of(base))
-    return Spread.over(values)
+        if eigen is not None and metric.of(base) > 0:
+            values.append(metric.of(eigen) / metric.of(base))
+    return _extremes(values)
 
 
 def cells(
-    results: Results, dtype: str, load: Load, figures: Sequence[Figure] = FIGURES
+    results: Results, dtype: str, load: Load, metrics: Sequence[Metric] = METRICS
 ) -> list[tuple[str, str, str, str]]:
     """Lines of one load's table: label, base, Eigen, Eigen / base."""
     lines = []
-    for figure in figures:
-        base = spread(results, figure, "base", dtype, load)
-        eigen = spread(results, figure, "eigen", dtype, load)
-        both = ratio(results, figure, dtype, load)
+    for metric in metrics:
+        base = spread(results, metric, "base", dtype, load)
+        eigen = spread(results, metric, "eigen", dtype, load)
+        both = ratio(results, metric, dtype, load)
         lines.append(
             (
-                figure.label,
-                base.text(figure.form) if base else "-",
-                eigen.text(figure.form) if eigen else "-",
+                metric.label,
+                base.text(metric.form) if base else "-",
+                eigen.text(metric.form) if eigen else "-",
                 both.text("{:.2f}") if both else "-",
             )
         )
@@ -135,20 +129,22 @@ def groups(results: Results) -> list[tuple[str, Load]]:
 def summary(results: Results) -> list[dict[str, object]]:
     """Paired ratios a machine can read, one entry a cache type and load."""
     found: list[dict[str, object]] = []
+    compared = {
+        "output_throughput": OUTPUT,
+        "peak_running": PEAK_RUNNING,
+        "mean_running": MEAN_RUNNING,
+        **{f"{name}_p{percentile}": metric for (name, percentile), metric in LATENCY.items()},
+    }
     for dtype, load in groups(results):
         entry: dict[str, object] = {
             "kv_cache_dtype": dtype,
             "request_rate": load.request_rate,
             "max_concurrency": load.max_concurrency,
-            "repeats": max(row.repeat for row in results.rows),
+            "repeats": _repeats(results, dtype, load),
         }
-        for name, figure in (
-            ("output_throughput", OUTPUT),
-            ("peak_running", PEAK_RUNNING),
-            ("mean_running", MEAN_RUNNING),
-        ):
-            both = ratio(results, figure, dtype, load)
-            entry[f"{name}_ratio"] = vars(both) if both else None
+        for name, metric in compared.items():
+            both = ratio(results, metric, dtype, load)
+            entry[f"{name}_ratio"] = asdict(both) if both else None
         found.append(entry)
     return found
 
@@ -160,14 +156,8 @@ def markdown(results: Results) -> str:
     names = {side: model.get("name") or model.get("url") for side, model in models.items()}
     parts += [f"Base `{names['base']}`, Eigen `{names['eigen']}`. {_requests(results)}"]
     for dtype, load in groups(results):
-        parts += [
-            "",
-            f"## {load}, cache {dtype}",
-            "",
-            "| | base | Eigen | Eigen / base |",
-            "|---|---|---|---|",
-        ]
-        parts += [f"| {' | '.join(line)} |" for line in cells(results, dtype, load)]
+        parts += ["", f"## {load}, cache {dtype}, {_repeats(results, dtype, load)} repeats", ""]
+        parts += table(("metric", "base", "Eigen", "Eigen / base"), cells(results, dtype, load))
     errors = [(row.side, *item) for row in results.rows for item in row.errors]
     if errors:
         parts += ["", "## Errors", ""]
@@ -180,8 +170,14 @@ NOTE = (
     "of the paired ratios. Both servers have the same flags, pool and prompts. The gain comes from "
     "the pool: where the base has to queue or preempt, more tokens in the same bytes are more "
     "sequences a step. With a pool that nobody fills there is no such gain. Made by `vllm-eigen "
-    "bench serve`; commands, versions and machine are in `results.json`."
+    "bench serve`; commands, versions and machine are in the JSON beside it."
 )
+
+
+def _repeats(results: Results, dtype: str, load: Load) -> int:
+    return len(
+        {row.repeat for row in results.rows if (row.kv_cache_dtype, row.load) == (dtype, load)}
+    )
 
 
 def _requests(results: Results) -> str:

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Subcommands of `vllm-eigen` that work offline; light modules, heavy imports only inside `run`."""

@@ -1,31 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vllm-eigen calibrate`: make an Eigen checkpoint of a model."""
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.methods import DEFAULT, METHODS
-from vllm_eigen.errors import UsageError
+from vllm_eigen.calibration.methods import DEFAULT, METHODS
+from vllm_eigen.calibration.preference import Preference
+from vllm_eigen.checkpoint.modes import KeyMode
+from vllm_eigen.common.errors import UsageError
+from vllm_eigen.common.packages import check_torchvision
 
 if TYPE_CHECKING:
-    from calibration.predict import Prediction
-    from calibration.text import Corpus
+    from vllm_eigen.calibration.model.text import Corpus
+    from vllm_eigen.calibration.predict import Prediction
+    from vllm_eigen.checkpoint.config import EigenConfig
 
+DEVICE_HELP = "to compute on (default: a GPU if there is one)"
 HELP = "compress a model's KV cache: calibrate, fold, write a checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", metavar="MODEL", help="folder or Hugging Face hub id")
+    parser.add_argument("model", metavar="MODEL", help="folder, GGUF file, or Hugging Face hub id")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--kv-ratio", type=float, metavar="R", help="KV bytes relative to the base, e.g. 0.6"
+        "--kv-ratio", type=float, metavar="R", help="KV bytes relative to the base, e.g. 0.27"
+    )
+    size.add_argument(
+        "--kv-bits", type=float, metavar="B", help="the same in bits a cached number, e.g. 4.25"
     )
     size.add_argument(
         "--error-budget", type=float, metavar="E", help="relative error allowed a layer, e.g. 0.05"
@@ -52,7 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the bases are chosen (default %(default)s)",
     )
     parser.add_argument("--head-group", type=int, metavar="G", help="KV heads sharing a latent")
-    parser.add_argument("--key-cache", choices=("folded", "pre-rope", "post-rope"))
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument(
+        "--prefer",
+        choices=tuple(Preference),
+        type=Preference,
+        default=Preference.MEMORY,
+        help="memory: keys before RoPE, least loss; speed: after it (default %(default)s)",
+    )
+    keys.add_argument(
+        "--key-cache", choices=tuple(KeyMode), type=KeyMode, help="the same by the mode's name"
+    )
     parser.add_argument(
         "--refit",
         action=argparse.BooleanOptionalAction,
@@ -63,9 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the bases alone, for `serve BASE --eigen-bases DIR`",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE_HELP
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--resume", action="store_true", help="take up an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument(
         "--dry-run", action="store_true", help="only predict size, memory, disk and time"
     )
@@ -88,7 +110,7 @@ def corpus_of(args: argparse.Namespace, default_split: str = "train") -> Callabl
     Raises:
         UsageError: files and a data set are named together.
     """
-    from calibration.text import read_dataset, read_files
+    from vllm_eigen.calibration.model.text import read_dataset, read_files
 
     if args.text:
         if args.dataset or args.dataset_config or args.split:
@@ -104,9 +126,9 @@ def corpus_of(args: argparse.Namespace, default_split: str = "train") -> Callabl
 def _record(arguments: Sequence[str]) -> dict[str, Any]:
     """Provenance that is the same for every run that must give the same bytes.
 
-    Not in it: the time, where the result goes, and whether an interrupted run was taken up.
+    Not in it: the time, the output folder, and whether an interrupted run was continued.
     """
-    from vllm_eigen.provenance import collect
+    from vllm_eigen.common.provenance import collect
 
     kept: list[str] = []
     skip = False
@@ -124,6 +146,9 @@ def _print_prediction(found: Prediction) -> None:
     def number(value: float | None, form: str) -> str:
         return "as the error budget decides" if value is None else form.format(value)
 
+    if found.kept_layers:
+        whole = found.layers + found.kept_layers
+        print(f"compressed      {found.layers} of {whole} layers; numbers are theirs")
     print(f"KV ratio        {number(found.kv_ratio, '{:.4f}')}")
     print(f"bytes a token   {number(found.bytes_per_token, '{:,}')}", end="")
     print(f" of {found.uncompressed_bytes_per_token:,}")
@@ -141,12 +166,30 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def _choice(eigen: EigenConfig) -> str:
+    """What the bytes were spent on."""
+    size, layers = eigen.head_size, eigen.layers
+    bits = [
+        statistics.fmean(
+            16 * rank / size if code is None else 8 * code.num_bytes / size for rank, code in part
+        )
+        for part in (
+            [(layer.rank_k, layer.key_code) for layer in layers],
+            [(layer.rank_v, layer.value_code) for layer in layers],
+        )
+    ]
+    return f"keys {eigen.key_mode} {bits[0]:.2f}, values {bits[1]:.2f} bits a number"
+
+
 def run(args: argparse.Namespace) -> int:
     """Calibrate; prints one line about the result."""
-    from calibration.interrupt import terminate_as_interrupt
-    from calibration.options import Options
-    from calibration.pipeline import calibrate, foresee
-    from calibration.progress import Reporter
+    check_torchvision()
+    from vllm_eigen.calibration.options import Options
+    from vllm_eigen.calibration.pipeline import calibrate
+    from vllm_eigen.calibration.predict import predict
+    from vllm_eigen.calibration.target import Target
+    from vllm_eigen.common.progress import Reporter
+    from vllm_eigen.common.signals import terminate_as_interrupt
 
     reporter = Reporter(quiet=args.quiet)
     options = Options(
@@ -154,14 +197,13 @@ def run(args: argparse.Namespace) -> int:
         output=args.output,
         corpus=corpus_of(args),
         provenance=_record(sys.argv[1:]),
-        kv_ratio=args.kv_ratio,
-        error_budget=args.error_budget,
-        ranks=args.ranks,
+        target=Target.of(args.kv_ratio, args.kv_bits, args.error_budget, args.ranks),
         samples=args.samples,
         length=args.seq_len,
         seed=args.seed,
         method=args.method,
         key_mode=args.key_cache,
+        prefer=args.prefer,
         head_group=args.head_group,
         refit=args.refit,
         bases_only=args.bases_only,
@@ -170,14 +212,15 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume,
     )
     if args.dry_run:
-        _print_prediction(foresee(options))
+        _print_prediction(predict(options))
         return 0
     with terminate_as_interrupt(), reporter:
         eigen = calibrate(options, reporter)
     if not args.quiet:
         print(
-            f"{args.output}: KV ratio {eigen.kv_ratio:.4f}, {eigen.elements_per_token} cached "
-            f"elements a token instead of {eigen.uncompressed_elements_per_token}",
+            f"{args.output}: KV ratio {eigen.kv_ratio:.4f}, {eigen.bytes_per_token(2)} cached "
+            f"bytes a token instead of {eigen.uncompressed_bytes_per_token(2)} at 16 bits; "
+            f"{_choice(eigen)}",
             file=sys.stderr,
         )
     return 0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vllm-eigen evaluate`: quality of a checkpoint against its base on a text and on tasks."""
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.commands.calibrate import add_text_arguments, corpus_of
+from vllm_eigen.calibration.commands.calibrate import add_text_arguments, corpus_of
+from vllm_eigen.common.packages import check_torchvision
 
 if TYPE_CHECKING:
-    from calibration.evaluate import Evaluation
+    from vllm_eigen.calibration.evaluation.inputs import Evaluation
 
 HELP = "perplexity, top-1 agreement, KL and accuracy of a checkpoint against its base"
 
@@ -36,9 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of lm-evaluation-harness (piqa,arc_easy), or jsonl of ctx, choices, gold",
     )
     parser.add_argument(
-        "--task-path", type=Path, metavar="DIR", help="more task descriptions for lm_eval, as YAML"
+        *("--include-path", "--task-path"),
+        dest="task_path",
+        type=Path,
+        metavar="DIR",
+        help="more task descriptions for lm_eval, as YAML",
     )
-    parser.add_argument("--task-limit", type=int, metavar="N", help="questions of each task")
+    parser.add_argument(
+        *("--limit", "--task-limit"),
+        dest="task_limit",
+        type=int,
+        metavar="N",
+        help="questions of each task",
+    )
     parser.add_argument(
         "--kv-cache-dtype",
         choices=("auto", "fp8"),
@@ -53,20 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print the result."""
-    from calibration.evaluate import evaluate
-    from calibration.interrupt import terminate_as_interrupt
-    from calibration.progress import Reporter
-    from calibration.stream import pick_device
-    from calibration.taskset import TaskSet
-    from vllm_eigen.checkpoint import validate
-    from vllm_eigen.errors import UsageError
+    check_torchvision()
+    from vllm_eigen.calibration.evaluation.evaluate import evaluate
+    from vllm_eigen.calibration.evaluation.taskset import TaskSet
+    from vllm_eigen.calibration.model.device import pick_device
+    from vllm_eigen.checkpoint.validate import validate
+    from vllm_eigen.common.errors import UsageError
+    from vllm_eigen.common.progress import Reporter
+    from vllm_eigen.common.signals import terminate_as_interrupt
 
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens {args.max_tokens} is out of range; it is at least 1")
     if args.engine == "vllm":
         if args.device != "auto":
             raise UsageError("--device is for transformers; vLLM runs where it was built for")
-        from vllm_eigen.vllm_version import check_vllm_version
+        from vllm_eigen.plugin.vllm_version import check_vllm_version
 
         check_vllm_version()
     validate(args.checkpoint)
@@ -81,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
             reporter=reporter,
             max_tokens=args.max_tokens,
             tasks=tasks,
-            kv_cache_dtype=args.kv_cache_dtype,
-            engine=args.engine,
+            fp8_cache=args.kv_cache_dtype == "fp8",
+            served=args.engine == "vllm",
         )
     if args.json:
         print(json.dumps(_result(found, args), indent=2))
@@ -92,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _result(found: Evaluation, args: argparse.Namespace) -> dict[str, Any]:
-    """JSON-ready; figures that were not measured are null, and `notes` says why."""
+    """JSON-ready; what was not measured is null, and `notes` says why."""
     quality = found.quality
     kl = quality.kl_per_token
     result: dict[str, Any] = {
@@ -139,6 +152,6 @@ def _conditions(args: argparse.Namespace) -> str:
     fp8 = args.kv_cache_dtype == "fp8"
     if args.engine == "transformers":
         return "transformers, offline, float32" + (", fp8 cache simulated" if fp8 else "")
-    from vllm_eigen.vllm_version import vllm_version
+    from vllm_eigen.plugin.vllm_version import vllm_version
 
     return f"vLLM {vllm_version()}, as served" + (", fp8 cache of the checkpoint" if fp8 else "")

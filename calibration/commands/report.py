@@ -1,4 +1,5 @@
-"""`vllm-eigen report`: an HTML page with figures about checkpoints of one base model."""
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-eigen report`: an HTML page with plots of checkpoints of one base model."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.commands.calibrate import add_text_arguments, corpus_of
-from vllm_eigen.errors import UsageError
+from vllm_eigen.calibration.commands.calibrate import DEVICE_HELP, add_text_arguments, corpus_of
+from vllm_eigen.common.errors import UsageError
+from vllm_eigen.common.packages import check_torchvision
 
 if TYPE_CHECKING:
-    from calibration.report import Measured
+    from vllm_eigen.calibration.reporting.report import Measured
 
 HELP = "write an HTML page with spectra, ranks and quality of checkpoints"
 _SWEEPS = ("ratios", "samples")
@@ -42,12 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seq-len", type=int, metavar="L", help="tokens a window (default: as the first DIR's)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE_HELP
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and print where it is."""
-    from vllm_eigen.files import check_free
+    from vllm_eigen.common.files import check_free
 
     sweeps = (args.sweep or "").split(",") if args.sweep else []
     unknown = [name for name in sweeps if name not in _SWEEPS]
@@ -61,10 +65,8 @@ def run(args: argparse.Namespace) -> int:
     first: Path = args.checkpoints[0]
     output = args.output or first.resolve().with_name(f"{first.resolve().name}-report")
     check_free(output, overwrite=args.overwrite)
-    try:
-        from calibration.report import read_checkpoints, write_report
-    except ImportError as error:
-        raise UsageError(f"reports need {error.name}; install vllm-eigen[calibrate]") from error
+    from vllm_eigen.calibration.reporting.report import read_checkpoints, write_report
+
     read_checkpoints(args.checkpoints)
     measured = _measure(args, sweeps) if sweeps else None
     page = write_report(args.checkpoints, output, measured=measured, overwrite=args.overwrite)
@@ -74,15 +76,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, sweeps: list[str]) -> Measured:
     """Run the sweeps on the base model of the first checkpoint."""
-    from calibration.evaluate import find_base
-    from calibration.interrupt import terminate_as_interrupt
-    from calibration.progress import Reporter
-    from calibration.report import Measured
-    from calibration.stream import pick_device
-    from calibration.sweep import Recipe, Sweep
-    from calibration.text import sample_windows
-    from vllm_eigen import provenance
-    from vllm_eigen.checkpoint import validate
+    check_torchvision()
+    from vllm_eigen.calibration.evaluation.evaluate import find_base
+    from vllm_eigen.calibration.job import Recipe
+    from vllm_eigen.calibration.model.device import pick_device
+    from vllm_eigen.calibration.model.text import sample_windows
+    from vllm_eigen.calibration.reporting.report import Measured
+    from vllm_eigen.calibration.reporting.sweep import Sweep
+    from vllm_eigen.checkpoint.validate import validate
+    from vllm_eigen.common import provenance
+    from vllm_eigen.common.progress import Reporter
+    from vllm_eigen.common.signals import terminate_as_interrupt
 
     eigen = validate(args.checkpoints[0])
     source = find_base(args.checkpoints[0], eigen, args.base)
@@ -100,7 +104,13 @@ def _measure(args: argparse.Namespace, sweeps: list[str]) -> Measured:
     )
     with terminate_as_interrupt(), Reporter() as reporter:
         device = pick_device(args.device)
-        recipe = Recipe(eigen.method, eigen.key_mode, eigen.head_group, bool(made.get("refit")))
+        recipe = Recipe.resolve(
+            source,
+            eigen.method,
+            key_mode=eigen.key_mode,
+            head_group=eigen.head_group,
+            refit=bool(made.get("refit")),
+        )
         sweep = Sweep(source, recipe, windows, device, reporter)
         ratios = sweep.over_ratios() if "ratios" in sweeps else []
         samples = sweep.over_samples(eigen.kv_ratio) if "samples" in sweeps else []

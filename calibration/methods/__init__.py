@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of calibration methods, chosen by `--method`."""
 
 from __future__ import annotations
@@ -5,19 +6,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from vllm_eigen.errors import UsageError
+from vllm_eigen.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from calibration.methods.base import Method
+    from vllm_eigen.calibration.methods.base import Method
 
 METHODS: dict[str, str] = {
-    "sensitivity": "calibration.methods.sensitivity:Sensitivity",
-    "paper": "calibration.methods.paper:Paper",
-    "released": "calibration.methods.released:Released",
+    "coded": "vllm_eigen.calibration.methods.coded:Coded",
+    "fisher": "vllm_eigen.calibration.methods.fisher:Fisher",
+    "sensitivity": "vllm_eigen.calibration.methods.sensitivity:Sensitivity",
+    "paper": "vllm_eigen.calibration.methods.paper:Paper",
+    "released": "vllm_eigen.calibration.methods.released:Released",
 }
 """Name to "module:Class"; imported on use, so that `--help` stays instant."""
 
-DEFAULT = "sensitivity"
+DEFAULT = "coded"
 
 
 def get_method(name: str) -> Method:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--method released`: what the authors' code does for rotary models, a second reference row.
 
 The code published with Eigen Attention differs from the paper for Llama: the key basis comes from
@@ -7,10 +8,17 @@ are as published. Without a rotary embedding it is the paper's method.
 
 from __future__ import annotations
 
-from calibration.methods.base import Layer, LayerBases, Statistic, orthogonal_basis
-from calibration.methods.paper import Paper
-from calibration.moments import KeyMoment, RotatedKeyMoment, ValueMoment, diagonal_blocks
-from vllm_eigen.families import KeyMode
+from vllm_eigen.calibration.methods.base import Layer
+from vllm_eigen.calibration.methods.basis import LayerBases, orthogonal_basis
+from vllm_eigen.calibration.methods.paper import Paper
+from vllm_eigen.calibration.statistics.moments import (
+    KeyMoment,
+    RotatedKeyMoment,
+    ValueMoment,
+    diagonal_blocks,
+)
+from vllm_eigen.calibration.statistics.statistic import Statistic
+from vllm_eigen.checkpoint.modes import KeyMode
 
 
 class Released(Paper):
@@ -19,18 +27,19 @@ class Released(Paper):
     name = "released"
     summary = "keys alone, one basis for all heads of a layer (Eigen Attention as released)"
 
-    def statistics(self, key_mode: KeyMode, head_group: int = 1) -> tuple[type[Statistic], ...]:
+    def statistics(self, key_mode: KeyMode, head_group: int = 1) -> tuple[Statistic, ...]:
         """Moments of keys where they are compressed, and of values."""
-        if key_mode == "folded":
+        if not key_mode.has_rope:
             return super().statistics(key_mode, head_group)
-        return (RotatedKeyMoment if key_mode == "post-rope" else KeyMoment, ValueMoment)
+        key = RotatedKeyMoment() if key_mode.caches_rotated_keys else KeyMoment()
+        return (key, ValueMoment())
 
     def bases(self, layer: Layer) -> LayerBases:
         """Singular directions of the keys of all heads together, and of each head's values."""
-        if layer.key_mode == "folded":
+        if not layer.key_mode.has_rope:
             return super().bases(layer)
         size = layer.geometry.head_size
-        statistic = RotatedKeyMoment if layer.key_mode == "post-rope" else KeyMoment
+        statistic = RotatedKeyMoment if layer.key_mode.caches_rotated_keys else KeyMoment
         heads = diagonal_blocks(layer.moments.mean(statistic), size)
         shared = heads.mean(0, keepdim=True).expand_as(heads)
         value = diagonal_blocks(layer.moments.mean(ValueMoment), size)

@@ -1,13 +1,14 @@
-"""`--method sensitivity`, the default: bases that lose least of the attention output.
+# SPDX-License-Identifier: Apache-2.0
+"""`--method sensitivity`: bases that lose least of the attention output.
 
 An error e in a cached key moves the attention output by about e S e^T, with S the Gauss-Newton
-metric of `calibration.attention_moments`. With C the second moment of the keys, the best rank-r
-map under that metric is oblique and closed-form:
+metric of `vllm_eigen.calibration.statistics.gradients`. With C the second moment of the keys, the
+best rank-r map under that metric is oblique and closed-form:
 
     S^{1/2} C S^{1/2} = W L W^T,    E = S^{1/2} W_r,    D = W_r^T S^{-1/2}
 
 whose loss is the sum of the eigenvalues left out. The paper's basis is S = 1 with queries added
-to C; logit-optimal bases (KQ-SVD) are S = sum q^T q, which knows neither softmax nor positions.
+to C; logit-optimal bases (KQ-SVD) are S = sum q^T q, which ignores softmax and positions.
 Without rotation and with one KV head to a latent, C and S change places with sums that know what
 keys have in common: S = sum q^T q and C the second moment of the output's gradients in q.
 Values the same way, with C the second moment of the *attended* values and S theirs. Every latent
@@ -18,24 +19,35 @@ from __future__ import annotations
 
 import torch
 
-from calibration.attention_moments import (
+from vllm_eigen.calibration.methods.base import Layer, StatisticsMethod
+from vllm_eigen.calibration.methods.basis import (
+    Basis,
+    LayerBases,
+    metric_roots,
+    symmetric,
+    tail_loss,
+)
+from vllm_eigen.calibration.statistics.attention_moments import (
+    GroupContext,
     KeySensitivity,
     QuerySensitivity,
     RotatedKeySensitivity,
     ValueSensitivity,
-    group_context,
 )
-from calibration.methods.base import Basis, Layer, LayerBases, Method, Statistic, tail_loss
-from calibration.moments import KeyMoment, QueryMoment, RotatedKeyMoment, diagonal_blocks
-from vllm_eigen.families import KeyMode
+from vllm_eigen.calibration.statistics.moments import (
+    KeyMoment,
+    QueryMoment,
+    RotatedKeyMoment,
+    diagonal_blocks,
+)
+from vllm_eigen.calibration.statistics.statistic import Statistic
+from vllm_eigen.checkpoint.modes import KeyMode
 
-FLOOR = 1e-9
-"""Smallest eigenvalue of a metric relative to its largest: what S ignores stays recoverable."""
 SCALE_FLOOR = 1e-8
 """Smallest energy of a direction relative to the largest, where latents are scaled by it."""
 
 
-class Sensitivity(Method):
+class Sensitivity(StatisticsMethod):
     """Oblique bases in the metric of the attention output; ranks by measured loss."""
 
     name = "sensitivity"
@@ -43,14 +55,14 @@ class Sensitivity(Method):
     max_head_group = 8
     refit = True
 
-    def statistics(self, key_mode: KeyMode, head_group: int = 1) -> tuple[type[Statistic], ...]:
+    def statistics(self, key_mode: KeyMode, head_group: int = 1) -> tuple[Statistic, ...]:
         """Moments and metrics of keys where they are compressed, and of attended values."""
-        key: tuple[type[Statistic], ...] = (KeyMoment, KeySensitivity)
-        if key_mode == "folded" and head_group == 1:
-            key = (KeyMoment, QuerySensitivity, QueryMoment)
-        elif key_mode == "post-rope":
-            key = (RotatedKeyMoment, RotatedKeySensitivity)
-        return (*key, group_context(head_group), ValueSensitivity)
+        key: tuple[Statistic, ...] = (KeyMoment(), KeySensitivity())
+        if not key_mode.has_rope and head_group == 1:
+            key = (KeyMoment(), QuerySensitivity(), QueryMoment())
+        elif key_mode.caches_rotated_keys:
+            key = (RotatedKeyMoment(), RotatedKeySensitivity())
+        return (*key, GroupContext(head_group), ValueSensitivity())
 
     def bases(self, layer: Layer) -> LayerBases:
         """Least loss of the attention output for keys and for values."""
@@ -76,16 +88,18 @@ def oblique_basis(
 
     Latents are scaled for a quantized cache. Rounding that is relative to the size of a latent
     costs sum_j (A^T L A)_jj (A^-1 A^-T)_jj in the metric S when the latents are k' A. By Cauchy
-    and Schwarz that is least, (tr L^{1/2})^2 / r, for A = L^{-1/4} and a rotation that makes all
-    latents alike (`Basis.mixed`); unscaled it is tr L. Overall they are as large as the keys.
+    and Schwarz that is least, (tr L^{1/2})^2 / r, for A = L^{-1/4} and a rotation that gives all
+    latents the same variance (`Basis.equalized`); unscaled it is tr L. Their total variance is that
+    of the keys.
 
     Args:
         moment: C, symmetric positive semi-definite, [num_latent_heads, latent_size, latent_size].
         cached: second moment of what is encoded, where it is not C.
-        metric: S, the same; its null space gets a weight of `FLOOR`, and where it is zero, 1.
+        metric: S, the same; its null space gets a weight of
+            `METRIC_FLOOR`, and where it is zero, 1.
     """
-    root, inverse = _roots(metric)
-    energy, vectors = torch.linalg.eigh(_symmetric(root @ moment @ root))
+    root, inverse = metric_roots(metric)
+    energy, vectors = torch.linalg.eigh(symmetric(root @ moment @ root))
     energy, vectors = energy.flip(-1).clamp(min=0), vectors.flip(-1)
     encoder = root @ vectors
     held = moment if cached is None else cached
@@ -99,18 +113,5 @@ def oblique_basis(
     scale = torch.where((size > 0) & (target > 0), target / size, 1.0).sqrt()
     decoder = spread[..., :, None] * vectors.mT @ inverse
     return Basis(
-        encoder * scale, decoder / scale, energy, tail_loss(energy), mixed=torch.tensor(True)
+        encoder * scale, decoder / scale, energy, tail_loss(energy), equalized=torch.tensor(True)
     )
-
-
-def _roots(metric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """S^{1/2} and S^{-1/2}."""
-    weights, vectors = torch.linalg.eigh(_symmetric(metric))
-    largest = weights[..., -1:]
-    weights = torch.where(largest > 0, torch.maximum(weights, largest * FLOOR), 1.0)
-    root = weights.sqrt()[..., None, :]
-    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
-
-
-def _symmetric(x: torch.Tensor) -> torch.Tensor:
-    return (x + x.mT) / 2

@@ -1,4 +1,5 @@
-"""`vllm-eigen estimate MODEL --memory 80GiB`: what fits, with and without compression."""
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-eigen estimate MODEL --memory 80GiB`: capacity with and without compression."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import argparse
 import dataclasses
 import json
 
-from vllm_eigen.errors import UsageError
+from vllm_eigen.common.errors import UsageError
 
-HELP = "say what a model's KV cache takes and holds, with and without compression"
+HELP = "estimate the size and capacity of a model's KV cache, with and without compression"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +26,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-ratio", type=float, metavar="R", help="KV size to compress to, e.g. 0.6"
     )
     parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 4, 3),
+        help="bits of coded latents instead, at full rank",
+    )
+    parser.add_argument(
         "--kv-cache-dtype", default="auto", metavar="TYPE", help="element type, e.g. fp8"
     )
     parser.add_argument(
-        "--max-model-len", type=int, metavar="N", help="tokens of a sequence (the model's longest)"
+        "--max-model-len", type=int, metavar="N", help="tokens of a sequence (the model's maximum)"
     )
     parser.add_argument(
-        "--block-size", type=int, default=16, metavar="N", help="tokens a block (16; CPU: 128)"
+        "--block-size", type=int, default=16, metavar="N", help="tokens per block (16; CPU: 128)"
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of a step, which sliding windows hold besides (2048)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
@@ -40,49 +54,53 @@ def run(args: argparse.Namespace) -> int:
     """Print the estimate; returns the exit status.
 
     Raises:
-        UsageError, InputError, CheckpointError: an argument or the model is of no use.
+        UsageError, InputError, CheckpointError: an argument or the model cannot be used.
     """
-    from server.estimate import estimate
-    from server.units import parse_size
-    from server.weights import read_model
+    from vllm_eigen.common.sizes import parse_size
+    from vllm_eigen.server.launch.estimate import estimate
+    from vllm_eigen.server.launch.model_files import read_config, weight_bytes
 
-    for name in ("max_model_len", "block_size"):
+    for name in ("max_model_len", "block_size", "max_num_batched_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is out of range; give 1 or more")
     memory = parse_size(args.memory)
-    config, stored = read_model(args.model)
-    found = estimate(
-        config,
+    result = estimate(
+        read_config(args.model),
         memory,
         kv_ratio=args.kv_ratio,
+        kv_bits=args.kv_bits,
         kv_cache_dtype=args.kv_cache_dtype,
         max_model_len=args.max_model_len,
         block_size=args.block_size,
-        stored_bytes=stored,
+        in_flight=args.max_num_batched_tokens,
+        stored_bytes=weight_bytes(args.model),
     )
     if args.json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        print(json.dumps(dataclasses.asdict(result), indent=2))
         return 0
 
     from rich.console import Console
     from rich.table import Table
 
-    from server.units import counted, size
+    from vllm_eigen.common.sizes import format_bytes, format_count
 
-    table = Table(title=f"{args.model} ({found.architecture}) in {size(memory)}")
+    table = Table(title=f"{args.model} ({result.architecture}) in {format_bytes(memory)}")
     table.add_column("")
-    for heading in ("uncompressed", f"KV ratio {found.kv_ratio:.2f}"):
+    for heading in ("uncompressed", f"KV ratio {result.kv_ratio:.2f}"):
         table.add_column(heading, justify="right")
-    plain, small = found.uncompressed, found.compressed
-    table.add_row("weights", size(plain.weight_bytes), size(small.weight_bytes))
-    table.add_row("KV pool", size(plain.pool_bytes), size(small.pool_bytes))
-    table.add_row("KV bytes a token", f"{plain.bytes_per_token:,}", f"{small.bytes_per_token:,}")
-    table.add_row("tokens the pool holds", counted(plain.tokens), counted(small.tokens))
+    both = (result.uncompressed, result.compressed)
+    table.add_row("weights", *(format_bytes(one.weight_bytes) for one in both))
+    table.add_row("KV pool", *(format_bytes(one.pool_bytes) for one in both))
+    table.add_row("KV bytes per token", *(f"{one.bytes_per_token:,}" for one in both))
+    table.add_row("tokens the pool holds", *(format_count(one.tokens) for one in both))
     table.add_row(
-        f"sequences of {found.max_model_len:,} tokens",
-        f"{plain.sequences:,.1f}",
-        f"{small.sequences:,.1f}",
+        f"sequences of {result.max_model_len:,} tokens", *(f"{one.sequences:,.1f}" for one in both)
     )
+    if result.kept_layers:
+        table.caption = (
+            f"{result.kept_layers} layers with sliding windows are not compressed; of the whole "
+            f"pool a full-length sequence takes {result.pool_ratio:.2f} of the base model's bytes"
+        )
     Console().print(table)
     return 0

@@ -1,7 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server that answers like `vllm-eigen serve`, without an engine, and can misbehave on purpose.
 
 It holds at most `slots` sequences, queues the rest, and takes `delay` seconds a token, so that a
-load on it has known figures.
+load on it has known results.
 """
 
 from __future__ import annotations

@@ -1,21 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of calibration: rows of both tables, on sizes that take seconds."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import calibration_cost, calibration_samples
-from benchmarks.calibration import main
 from tests.calibration.tiny import WORDS, build_model, save_model
+from vllm_eigen.benchmarks.quality import calibration, calibration_cost, calibration_samples
+from vllm_eigen.common.errors import InputError
 
 
+def run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser()
+    calibration.add_arguments(parser)
+    return calibration.run(parser.parse_args(arguments))
+
+
+@pytest.mark.slow
 def test_one_command_makes_tables_plot_and_provenance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_EIGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("EIGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(calibration_samples, "SAMPLES", (2, 4))
     monkeypatch.setattr(calibration_cost, "LAYERS", (1, 2))
     monkeypatch.setattr(calibration_cost, "WIDTHS", (128, 128))
@@ -25,14 +34,16 @@ def test_one_command_makes_tables_plot_and_provenance(
     text.write_text("<|endoftext|>".join([" ".join(WORDS)] * 12), encoding="utf-8")
     output = tmp_path / "results" / "calibration.json"
     arguments = ["--models", str(model), "--text", str(text), "--test", str(text)]
-    assert main([*arguments, "--seq-len", "32", "--output", str(output)]) == 0
+    assert run([*arguments, "--seq-len", "32", "--output", str(output)]) == 0
     record = json.loads(output.read_text())
     rows = record["samples"]
     assert [(row["method"], row["samples"]) for row in rows] == [
-        ("paper", 2), ("paper", 4), ("sensitivity", 2), ("sensitivity", 4)
+        ("paper", 2), ("paper", 4), ("coded", 2), ("coded", 4)
     ]  # fmt: skip
     assert all(row["kl"] > 0 for row in rows)
-    assert all(row["kv_ratio"] == pytest.approx(0.6, abs=0.02) for row in rows)
+    assert [row["kv_ratio"] for row in rows[:2]] == pytest.approx([0.6] * 2, abs=0.02)
+    # Codes of heads as small as these come in large steps.
+    assert all(0.2 < row["kv_ratio"] <= 0.27 for row in rows[2:])
     costs = record["costs"]
     assert [(row["varies"], row["layers"]) for row in costs] == [
         ("layers", 1), ("layers", 2), *[("width", 2)] * 2, *[("samples", 2)] * 2
@@ -42,13 +53,13 @@ def test_one_command_makes_tables_plot_and_provenance(
         assert row["peak_bytes"] > 100e6  # torch alone takes more
         assert row["model_bytes"] == row["layers"] * row["layer_bytes"]
     assert str(tmp_path) not in output.read_text()
-    assert "| model | sensitivity | 32 | 4 |" in output.with_suffix(".md").read_text()
+    assert "| model | coded | 32 | 4 |" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_a_missing_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     output = tmp_path / "x.json"
     arguments = ["--models", str(tmp_path / "none"), "--no-cost", "--output", str(output)]
-    assert main(arguments) == 1
-    assert "neither a folder nor a model" in capsys.readouterr().err
+    with pytest.raises(InputError, match="neither a folder nor a model"):
+        run(arguments)
     assert not output.exists()

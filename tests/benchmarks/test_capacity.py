@@ -1,16 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
 """The committed capacity table is what the command writes, and one row is right by hand."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import capacity
+from vllm_eigen import cli
+from vllm_eigen.benchmarks.serving import capacity
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "capacity.md"
 
 
 def test_the_committed_table_is_current(tmp_path: Path) -> None:
-    assert capacity.main([str(tmp_path / "capacity.md")]) == 0
+    assert cli.main(["bench", "capacity", "--output", str(tmp_path / "capacity.md")]) == 0
     assert (tmp_path / "capacity.md").read_text() == DOCUMENT.read_text()
 
 
@@ -37,5 +39,5 @@ def test_more_compression_and_more_memory_never_hold_fewer() -> None:
 
 
 def test_an_unwritable_place_is_one_line(capsys) -> None:  # type: ignore[no-untyped-def]
-    assert capacity.main(["/dev/null/capacity.md"]) == 1
+    assert cli.main(["bench", "capacity", "--output", "/dev/null/capacity.md"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

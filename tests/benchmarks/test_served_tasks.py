@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores through lm_eval's API client against the offline evaluation, without an engine.
 
 The server is a fake whose log-probabilities come from transformers, so both ways must agree to the
@@ -6,21 +7,20 @@ question; and one whose answers are off must be found.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.served_tasks import ask_offline, ask_server, compare, write_task
-from benchmarks.serving.endpoint import Endpoint
-from calibration.progress import Reporter
-from calibration.tasks import Accuracy
-from demo import questions
+from demo.run import TASK
+from tests import small_llama
 from tests.benchmarks.fake_server import Fake, serving
-from vllm_eigen.errors import EngineError, InputError
+from vllm_eigen.benchmarks.lib.endpoint import Endpoint
+from vllm_eigen.benchmarks.quality.served_scores import ask_offline, ask_server, compare, write_task
+from vllm_eigen.calibration.evaluation.questions import Accuracy
+from vllm_eigen.common.errors import EngineError, InputError
+from vllm_eigen.common.progress import Reporter
 
-MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
 COUNT = 20
 
 
@@ -28,25 +28,23 @@ COUNT = 20
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    path = tmp_path / "ends.jsonl"
-    assert questions.write(path, COUNT, ("stdlib",)) == COUNT
+    lines = TASK.read_text(encoding="utf-8").splitlines(keepends=True)
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(lines[:COUNT]), encoding="utf-8")
     return path
 
 
-def test_questions_have_one_right_choice(asked: Path) -> None:
-    for line in asked.read_text().splitlines():
-        item = json.loads(line)
-        assert len(set(item["choices"])) == questions.CHOICES
-        assert 0 <= item["gold"] < questions.CHOICES
-    assert len({json.loads(line)["gold"] for line in asked.read_text().splitlines()}) > 1
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return small_llama.write(tmp_path / "model")
 
 
-def test_served_scores_are_the_offline_ones(asked: Path, tmp_path: Path) -> None:
+def test_served_scores_are_the_offline_ones(asked: Path, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     pytest.importorskip("tenacity")
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
     def likelihoods(tokens: list[int]) -> list[float]:
         with torch.inference_mode():
@@ -55,11 +53,11 @@ def test_served_scores_are_the_offline_ones(asked: Path, tmp_path: Path) -> None
 
     task = write_task(asked, tmp_path)
     with Reporter(quiet=True) as reporter:
-        offline = ask_offline(str(MODEL), None, task, tmp_path, None, reporter)["base"]
+        offline = ask_offline(str(base), None, task, tmp_path, None, reporter)["base"]
     with serving(Fake(slots=8, delay=0.0, likelihoods=likelihoods)) as fake:
-        served = ask_server(Endpoint(fake.url), str(MODEL), task, tmp_path, None)
+        served = ask_server(Endpoint(fake.url), str(base), task, tmp_path, None)
     assert offline.questions == COUNT
-    assert 25 < served["acc"] < 100  # the model knows something, and the task is not trivial
+    assert 0 < served["acc"] < 100
     rows = compare({"base": served}, {"base": offline})
     assert [row.gap for row in rows] == pytest.approx([0, 0])
 
@@ -75,4 +73,4 @@ def test_no_questions_and_a_dead_server(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         write_task(tmp_path / "none.jsonl", tmp_path)
     with pytest.raises(EngineError, match="no server answers"):
-        ask_server(Endpoint("http://127.0.0.1:9"), str(MODEL), "x", tmp_path, None)
+        ask_server(Endpoint("http://127.0.0.1:9"), "no-model", "x", tmp_path, None)

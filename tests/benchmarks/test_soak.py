@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The soak test's own test: it passes a good server and finds each fault of a bad one."""
 
 from __future__ import annotations
@@ -12,26 +13,32 @@ from typing import Any
 
 import pytest
 
-from benchmarks import soak as soak_module
-from benchmarks.processes import Growth, MemoryWatch, resident_bytes, session_processes
-from benchmarks.serving.endpoint import Endpoint
-from benchmarks.soak import Verdict, judge, soak
-from benchmarks.soak_load import Tally
-from calibration.progress import Reporter
 from tests.benchmarks.fake_server import Fake, serving
+from vllm_eigen.benchmarks.lib.endpoint import Endpoint
+from vllm_eigen.benchmarks.lib.processes import (
+    Growth,
+    MemoryWatch,
+    resident_bytes,
+    session_processes,
+)
+from vllm_eigen.benchmarks.soak import soak as soak_module
+from vllm_eigen.benchmarks.soak.load import Tally
+from vllm_eigen.benchmarks.soak.soak import soak
+from vllm_eigen.benchmarks.soak.verdict import Verdict, judge
+from vllm_eigen.common.progress import Reporter
 
 KINDS = {"short", "long", "shared prefix", "cancelled", "malformed", "probe"}
 
 
 def run(fake: Fake, **changes: Any) -> Verdict:
     values: dict[str, Any] = {
-        "requests": 120, "minutes": 1.0, "users": 8, "probes": 2, "vocabulary": 50, "seed": 1,
+        "requests": 120, "minutes": 1.0, "users": 8, "probes": 2, "seed": 1,
         "max_growth": 50.0,
     }  # fmt: skip
     args = argparse.Namespace(**(values | changes))
     with serving(fake), Reporter(quiet=True) as reporter:
         watch = MemoryWatch(os.getsid(0))
-        return asyncio.run(soak(Endpoint(fake.url), args, watch, reporter))
+        return asyncio.run(soak(Endpoint(fake.url), args, 50, watch, reporter))
 
 
 def test_a_good_server_passes() -> None:

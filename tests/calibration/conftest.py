@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures of the calibration's tests: a tiny model, a text, a command."""
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tests.calibration.tiny import WORDS, build_model, save_model
 
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
-    monkeypatch.setenv("VLLM_EIGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("EIGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
     torch.set_num_threads(1)
 
 
@@ -42,13 +43,13 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def command(capsys: Any) -> Callable[..., tuple[int, str, str]]:
     """Run a subcommand as the console script would: exit status, standard output and error."""
-    from vllm_eigen.errors import EigenError
+    from vllm_eigen.common.errors import EigenError
 
     def run(name: str, *arguments: Any) -> tuple[int, str, str]:
         import argparse
         import importlib
 
-        module = importlib.import_module(f"calibration.commands.{name}")
+        module = importlib.import_module(f"vllm_eigen.calibration.commands.{name}")
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         try:

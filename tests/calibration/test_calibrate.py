@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vllm-eigen calibrate` and `evaluate` end to end on tiny models, good input and bad."""
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.calibration.test_fp8 import calibrated
+from tests.calibration.export.test_scales import calibrated
 from tests.calibration.tiny import read_config
-from vllm_eigen.checkpoint import KEY_BASIS, validate
+from vllm_eigen.checkpoint.shapes import KEY_BASIS
+from vllm_eigen.checkpoint.validate import validate
 
 Command = Callable[..., tuple[int, str, str]]
 SMALL = ("--samples", 12, "--seq-len", 24, "--method", "paper")
@@ -23,7 +25,7 @@ SMALL = ("--samples", 12, "--seq-len", 24, "--method", "paper")
     ("method", "group"), [("paper", 1), ("sensitivity", 1), ("sensitivity", 2)]
 )
 @pytest.mark.parametrize("kv_ratio", [1.0, 0.6])
-def test_fast_planes_of_rotary_keys_read_few_latents(
+def test_fast_rope_pairs_read_few_latents(
     method: str,
     group: int,
     kv_ratio: float,
@@ -39,11 +41,11 @@ def test_fast_planes_of_rotary_keys_read_few_latents(
         if name.endswith(KEY_BASIS)
     ]
     assert len(found) == 2
-    for basis in found:  # [2 KV heads, rank_k, 8]; planes are (0, 4), (1, 5), ..
-        for plane in range(4):
-            rows = basis[:, :, [plane, plane + 4]]
+    for basis in found:  # [2 KV heads, rank_k, 8]; RoPE pairs are (0, 4), (1, 5), ..
+        for pair in range(4):
+            rows = basis[:, :, [pair, pair + 4]]
             assert rows.any()
-            assert not rows[:, 2 * group * (plane + 1) :].any()
+            assert not rows[:, 2 * group * (pair + 1) :].any()
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])
@@ -158,6 +160,7 @@ def _damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
 BAD: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("ratio 0", ("--kv-ratio", 0), None, "out of range"),
     ("ratio 2", ("--kv-ratio", 2), None, "out of range"),
@@ -176,10 +179,13 @@ BAD: list[tuple[str, tuple[Any, ...], Any, str]] = [
     (
         "huge head",
         ("--kv-ratio", 0.5, "--method", "sensitivity"),
-        lambda t: t["lm_head.weight"].fill_(3e38),
+        lambda t: t[HEAD].fill_(3e38),
         "output holds NaN or infinity",
     ),
+    ("no bits", ("--kv-bits", 0), None, "--kv-bits 0 is out of range"),
+    ("many bits", ("--kv-bits", 17), None, "--kv-bits 17 is out of range"),
     ("missing", ("--kv-ratio", 0.5), lambda t: t.pop(Q), "is missing"),
+    ("no head", ("--kv-ratio", 0.5), lambda t: t.pop(HEAD), f"{HEAD} is missing and"),
     ("shape", ("--kv-ratio", 0.5), lambda t: t.update({Q: t[Q][:3].clone()}), "config.json asks"),
 ]
 
@@ -264,6 +270,11 @@ def test_damaged_checkpoints_are_refused(
     status, _, error = command("evaluate", output, "--text", text_file)
     assert status == 1
     assert NORM in error.splitlines()[-1]
+    _damage(output, lambda t: t.pop(HEAD))
+    for name in ("evaluate", "inspect"):
+        status, _, error = command(name, output)
+        assert status == 1
+        assert f"{HEAD} is missing" in error.splitlines()[-1]
     (output / "model.safetensors").unlink()
     for name in ("evaluate", "inspect", "report"):
         status, _, error = command(name, output)
@@ -305,6 +316,26 @@ def test_odd_texts_and_tokenizers_work(tmp_path: Path, command: Command) -> None
     assert json.loads(out)["kl_per_token"] < 0.1
 
 
+def test_evaluate_takes_a_text_shorter_than_a_window(
+    make_model: Callable[..., Path], text_file: Path, tmp_path: Path, command: Command
+) -> None:
+    output, short = tmp_path / "out", tmp_path / "short.txt"
+    tail = ("--output", output, "--kv-ratio", 0.5, "--text", text_file)
+    assert command("calibrate", make_model(), *tail, *SMALL)[0] == 0
+    short.write_text("w1 w2 w3 w4")
+    # A window takes 64 tokens; before each text and each window stands one.
+    for text, options, window in (
+        (short, (), 6),
+        (short, ("--max-tokens", 4), 4),
+        (text_file, ("--max-tokens", 20), 20),
+        (text_file, ("--max-tokens", 130), 64),
+    ):
+        status, out, error = command("evaluate", output, "--text", text, "--json", *options)
+        assert status == 0, error
+        assert json.loads(out)["window"] == window
+        assert json.loads(out)["base"]["perplexity"] > 1
+
+
 def test_evaluate_needs_a_base_it_knows(
     make_model: Callable[..., Path],
     text_file: Path,
@@ -315,7 +346,7 @@ def test_evaluate_needs_a_base_it_knows(
     model, output = make_model(), tmp_path / "out"
     arguments = ("--output", output, "--kv-ratio", 0.5, "--text", text_file)
     assert command("calibrate", model, *arguments, *SMALL)[0] == 0
-    monkeypatch.setenv("VLLM_EIGEN_CACHE", str(tmp_path / "other-cache"))
+    monkeypatch.setenv("EIGEN_CACHE", str(tmp_path / "other-cache"))
     status, _, error = command("evaluate", output, "--text", text_file)
     assert status == 1
     assert "pass --base" in error

@@ -1,7 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every family streams, calibrates and folds like the model it describes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.source import open_source
-from calibration.stream import Skeleton, Stream
-from calibration.unfold import load_reference
-from tests.calibration.test_fold import folded
-from tests.calibration.tiny import MAKERS, build_model, save_model
-from vllm_eigen.checkpoint import validate
+from tests.calibration.model.test_fold import folded
+from tests.calibration.tiny import MAKERS, build_model, read_config, save_model
+from vllm_eigen.calibration.model.activations import ActivationStream
+from vllm_eigen.calibration.model.compressed import load_reference
+from vllm_eigen.calibration.model.layerwise import LayerwiseModel
+from vllm_eigen.calibration.model.source import Weights, open_source
+from vllm_eigen.checkpoint.families import family_of
+from vllm_eigen.checkpoint.validate import validate
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -64,9 +68,9 @@ def test_full_rank_is_lossless(
     folder = tmp_path_factory.mktemp(kind)
     model = build_model(kind, seed, **changes)
     base = save_model(model, folder / "base")
-    geometry = open_source(str(base)).geometry
-    size = geometry.head_size
-    output, _ = folded(base, folder / "eigen", [(size, size)] * geometry.num_layers, seed=seed)
+    source = open_source(str(base))
+    size, count = source.geometry.head_size, len(source.family.compressed_layers(source.config))
+    output, _ = folded(base, folder / "eigen", [(size, size)] * count, seed=seed)
     tokens = torch.randint(3, 60, (1, 20))
     with torch.no_grad():
         expected = model.double()(tokens).logits
@@ -79,20 +83,20 @@ def test_full_rank_is_lossless(
 def test_streaming_equals_the_whole_model(kind: str, eager: bool, tmp_path: Path) -> None:
     model = build_model(kind)
     source = open_source(str(save_model(model, tmp_path)))
-    skeleton = Skeleton(source, torch.device("cpu"), eager=eager)
+    layerwise = LayerwiseModel(source, torch.device("cpu"), eager=eager)
     tokens = torch.randint(3, 60, (5, 24))
-    stream = Stream(skeleton, tokens, spill_limit=0)
-    for index in range(skeleton.num_layers):
-        for _ in stream.advance(index, skeleton.layer(index)):
+    stream = ActivationStream(layerwise, tokens, memory_limit=0)
+    for index in range(layerwise.num_layers):
+        for _ in stream.advance(index, layerwise.layer(index)):
             pass
     with torch.no_grad():
         expected = model(tokens).logits
     torch.testing.assert_close(
-        skeleton.logits(tokens, stream.hidden), expected, rtol=1e-4, atol=1e-4
+        layerwise.logits(tokens, stream.hidden), expected, rtol=1e-4, atol=1e-4
     )
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "mpt"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma3_text", "mpt"])
 @pytest.mark.parametrize("method", ["paper", "sensitivity"])
 def test_calibrates(
     kind: str,
@@ -104,12 +108,13 @@ def test_calibrates(
 ) -> None:
     output = tmp_path / "out"
     small = ("--samples", 12, "--seq-len", 24, "--method", method)
+    small += ("--no-refit",) if kind == "gemma3_text" else ()  # a norm follows its attention
     arguments = ("--output", output, "--kv-ratio", 0.75, "--text", text_file, *small)
     status, _, error = command("calibrate", make_model(kind), *arguments)
     assert status == 0, error
     eigen = validate(output)
     assert abs(eigen.kv_ratio - 0.75) < 0.05
-    assert eigen.projections == ("values-folded" if kind == "qwen3" else "folded")
+    assert eigen.projections == ("values-folded" if kind in ("qwen3", "gemma3_text") else "folded")
     if kind != "qwen2":  # transformers insists on Qwen's own tokenizer there
         status, _, error = command("evaluate", output, "--text", text_file)
         assert status == 0, error
@@ -127,3 +132,38 @@ def test_mpt_options_without_a_reference_are_refused(
     status, _, error = command("calibrate", model, *arguments)
     assert status == 1
     assert f"attn_config.{next(iter(changes))}" in error
+
+
+def test_a_model_with_windows_calibrates_coded(
+    make_model: Callable[..., Path], text_file: Path, tmp_path: Path, command: Command
+) -> None:
+    """Layers with full attention get equal bytes; those with windows stay as they are, bit by
+    bit; the dry run foretells it."""
+    base, output = make_model("gemma3_text", num_attention_heads=2, head_dim=32), tmp_path / "out"
+    arguments = (base, "--output", output, "--kv-ratio", 0.3, "--text", text_file)
+    arguments += ("--samples", 12, "--seq-len", 24)
+    status, printed, error = command("calibrate", *arguments, "--dry-run")
+    assert status == 0, error
+    assert "2 of 5 layers" in printed
+    assert "KV ratio        0.2969" in printed  # whole bytes of all layers together
+    assert (
+        "of 512" in printed
+    )  # two layers of two heads, 32 elements of keys and of values, 16 bits
+    status, _, error = command("calibrate", *arguments)
+    assert status == 0, error
+    eigen = validate(output)
+    assert eigen.kept_layers == (0, 2, 4)
+    sizes = [layer.num_bytes(2) for layer in eigen.layers]
+    assert eigen.coded
+    assert all(0.2 * 128 < size <= 0.3 * 128 for size in sizes)
+    whole, written = (Weights(folder, family_of(read_config(base))) for folder in (base, output))
+    for index in eigen.kept_layers:
+        names = [name for name in whole if f".layers.{index}." in name]
+        assert names
+        assert all(torch.equal(whole.get(name), written.get(name)) for name in names)
+    damaged = read_config(output)
+    damaged["eigen"]["kept_layers"] = [0, 1, 4]
+    (output / "config.json").write_text(json.dumps(damaged))
+    status, _, error = command("inspect", output)
+    assert status == 1
+    assert "compresses layers [2, 3]" in error

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of every family, saved with a word tokenizer."""
 
 from __future__ import annotations
@@ -49,6 +50,20 @@ MAKERS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
         "head_dim": 8,
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 5,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 10,
+        "sliding_window_pattern": 2,
+        "final_logit_softcapping": 20.0,
     },
     "mpt": {
         "model_type": "mpt",

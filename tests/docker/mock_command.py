@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stands in for `vllm-eigen`, so that the entry point can be tested as a process in a second.
 
 `calibrate` writes a folder after MOCK_SECONDS; `serve` answers `/health` until SIGTERM. Both append

@@ -1,7 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Dockerfiles by hadolint, and what it does not ask for: pinned, non-root, health check."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sysconfig
@@ -96,6 +98,27 @@ def test_the_build_context_holds_what_is_copied_and_little_else(kind: str) -> No
     for source in copied:
         assert (ROOT / source).exists(), source
         assert any(Path(source).match(pattern) for pattern in through), source
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linked_packages_are_copied(kind: str) -> None:
+    """`vllm_eigen/` links to folders beside it, which are no part of its own `COPY`."""
+    links = {path.name: path for path in (ROOT / "vllm_eigen").iterdir() if path.is_symlink()}
+    assert set(links) == {"benchmarks", "calibration", "server"}
+    found = instructions(kind)
+    install = next(i for i, (_, rest) in enumerate(found) if "pip install" in rest)
+    copied = {tuple(rest.split()) for name, rest in found[:install] if name == "COPY"}
+    for name, path in links.items():
+        assert path.readlink() == Path("..", name)
+        assert (name, name) in copied
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_image_imports_exists(kind: str) -> None:
+    for _, rest in instructions(kind):
+        for module, names in re.findall(r"from (vllm_eigen[\w.]*) import ([\w, ]+)", rest):
+            for name in names.split(","):
+                assert hasattr(importlib.import_module(module), name.strip()), (module, name)
 
 
 def test_the_images_differ_only_where_they_must() -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reference kernels against the float64 answer."""
 
 from __future__ import annotations
@@ -7,11 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from vllm_eigen.errors import KernelError
+from tests.kernels.cases import Case, expected, make, run, tolerance
+from tests.kernels.strategies import QUERY_DTYPES, cases
+from vllm_eigen.common.errors import KernelError
 from vllm_eigen.kernels import load
-
-from .cases import Case, expected, make, run, tolerance
-from .strategies import QUERY_DTYPES, cases
 
 SETTINGS = settings(
     deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -21,6 +21,14 @@ SETTINGS = settings(
 @SETTINGS
 @given(cases(dtypes=(torch.float64, *QUERY_DTYPES)))
 def test_agrees_with_float64(case: Case) -> None:
+    problem = make(case)
+    found = run(load("reference"), problem, free_outside_window=True)
+    np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=tolerance(case))
+
+
+@SETTINGS
+@given(cases(dtypes=(torch.float64, *QUERY_DTYPES), coded=True))
+def test_coded_caches_agree_with_float64(case: Case) -> None:
     problem = make(case)
     found = run(load("reference"), problem, free_outside_window=True)
     np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=tolerance(case))

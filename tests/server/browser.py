@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debian's Chromium, driven by Playwright; every console error of a page fails its test."""
 
 from __future__ import annotations
@@ -53,5 +54,5 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def number(tab: Any, name: str) -> float:
-    """The figure on the page, as the API gave it."""
+    """The number on the page, as the API gave it."""
     return float(tab.get_attribute(f"#{name}", "data-value") or "nan")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A load of known size: streams of token ids whose lengths are counted as they arrive."""
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
-from conftest import NAME
+
+from tests.server.conftest import NAME
 
 _TOKENS = re.compile(rb'"token_ids":\[([^\]]+)\]')
 

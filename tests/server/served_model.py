@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny compressed OPT model with random weights, made on the spot: what it says is noise.
 
 One token a byte, so a text has a known number of tokens, and a chat template.
@@ -63,7 +64,7 @@ def write(folder: Path) -> Path:
         "dtype": "bfloat16",
         "eigen": {
             "format_version": 1,
-            "key_mode": "folded",
+            "key_mode": "no-rope",
             "method": "random",
             "num_heads": HEADS,
             "num_kv_heads": HEADS,

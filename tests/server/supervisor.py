@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process supervisor with what matters of compose's `restart: unless-stopped`.
 
 The command is started again whenever its main process ends, whatever its status, after a delay
@@ -11,19 +12,20 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 class Supervisor:
-    """Keeps one command running in its own session; see `supervised`."""
+    """Restarts a running command that has its own session; see `supervised`."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        self._command, self._log, self._environment = command, log, environment
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, **options: Any) -> None:
+        self.process = process
+        self.statuses: list[int] = []
+        self._log, self._options = log, options
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
-        self.statuses: list[int] = []
-        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -31,26 +33,26 @@ class Supervisor:
     def stop(self) -> None:
         """No more restarts, and an end to what runs."""
         self._stopped.set()
-        if self.process is not None:
-            _end_group(self.process.pid)
+        _end_group(self.process.pid)
         self._thread.join(30)
 
     def _loop(self) -> None:
         delay = 0.1
-        while not self._stopped.is_set():
+        while True:
+            self.statuses.append(self.process.wait())
+            _end_group(self.process.pid)
+            if self._stopped.wait(delay):
+                return
+            delay *= 2
             with self._log.open("ab") as sink:
                 self.process = subprocess.Popen(
-                    self._command,
+                    self.process.args,
                     stdin=subprocess.DEVNULL,
                     stdout=sink,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **self._environment},
                     start_new_session=True,
+                    **self._options,
                 )
-            self.statuses.append(self.process.wait())
-            _end_group(self.process.pid)
-            self._stopped.wait(delay)
-            delay *= 2
 
 
 def _end_group(group: int) -> None:
@@ -59,13 +61,17 @@ def _end_group(group: int) -> None:
 
 
 @contextlib.contextmanager
-def supervised(
-    command: Sequence[str], log: Path, environment: Mapping[str, str]
-) -> Iterator[Supervisor]:
-    """Keep `command` running while the block lasts."""
-    found = Supervisor(command, log, environment)
-    found.start()
+def supervised(process: subprocess.Popen[bytes], log: Path, **options: Any) -> Iterator[Supervisor]:
+    """Keep the command of `process` running while the block lasts.
+
+    Args:
+        process: what runs already, the leader of its session.
+        log: output of the restarts.
+        options: for `Popen`, as `process` was started.
+    """
+    supervisor = Supervisor(process, log, **options)
+    supervisor.start()
     try:
-        yield found
+        yield supervisor
     finally:
-        found.stop()
+        supervisor.stop()

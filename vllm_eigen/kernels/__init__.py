@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over a paged cache of low-rank latents; see README.md in this folder.
 
 `load("cpu")` gives the C++ kernels, `load("gpu")` the Triton ones, `load("reference")` those in
@@ -6,11 +7,36 @@ plain PyTorch; all satisfy `Kernels` and compute the same thing. Nothing here im
 
 from __future__ import annotations
 
-from vllm_eigen.errors import KernelError
+from vllm_eigen.common.errors import KernelError
+from vllm_eigen.kernels.interface import (
+    DownProjection,
+    Kernels,
+    KeyReconstruction,
+    LayerSpec,
+    Limits,
+    Plan,
+    PlanGeometry,
+    PreparedLayer,
+    ScoreOptions,
+    Step,
+)
+from vllm_eigen.kernels.rope import RotaryTable
 
-from .interface import Encode, Kernels, Rebuild, ScoreOptions
-
-__all__ = ["NAMES", "Encode", "Kernels", "Rebuild", "ScoreOptions", "load"]
+__all__ = [
+    "NAMES",
+    "DownProjection",
+    "Kernels",
+    "KeyReconstruction",
+    "LayerSpec",
+    "Limits",
+    "Plan",
+    "PlanGeometry",
+    "PreparedLayer",
+    "RotaryTable",
+    "ScoreOptions",
+    "Step",
+    "load",
+]
 
 NAMES = ("reference", "cpu", "gpu")
 
@@ -22,16 +48,16 @@ def load(name: str) -> Kernels:
     falling back is the caller's decision, to be logged.
     """
     if name == "reference":
-        from .reference import ReferenceKernels
+        from vllm_eigen.kernels.reference import ReferenceKernels
 
         return ReferenceKernels()
     if name == "cpu":
-        from .cpu import CpuKernels
+        from vllm_eigen.kernels.cpu.kernels import CpuKernels
 
         return CpuKernels()
     if name == "gpu":
         try:
-            from .gpu import GpuKernels
+            from vllm_eigen.kernels.gpu.kernels import GpuKernels
         except ImportError as error:
             raise KernelError(f"the gpu kernels need Triton: {error}") from error
 

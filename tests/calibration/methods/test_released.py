@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The authors' released variant: one key basis for all heads, from keys alone."""
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.methods import get_method
-from calibration.methods.base import Batch, Layer, LayerBases
-from calibration.moments import Accumulator
-from vllm_eigen.families import Geometry
+from vllm_eigen.calibration.methods import get_method
+from vllm_eigen.calibration.methods.base import Layer
+from vllm_eigen.calibration.methods.basis import LayerBases
+from vllm_eigen.calibration.statistics.batch import Batch
+from vllm_eigen.calibration.statistics.statistic import Accumulator
+from vllm_eigen.checkpoint.families import Geometry
+from vllm_eigen.checkpoint.modes import KeyMode
 
 GEOMETRY = Geometry(1, 4, 2, 5, 12)
 
@@ -26,12 +30,11 @@ def _bases(name: str, key_mode: Any) -> tuple[LayerBases, Batch]:
     method = get_method(name)
     accumulator = Accumulator(method.statistics(key_mode), GEOMETRY)
     accumulator.add(batch)
-    o_proj = torch.zeros(12, 4, 5, dtype=torch.float64)
-    return method.bases(Layer(0, GEOMETRY, accumulator.moments(), o_proj, key_mode)), batch
+    return method.bases(Layer(0, GEOMETRY, accumulator.moments(), key_mode)), batch
 
 
 def test_all_heads_share_the_singular_vectors_of_all_keys() -> None:
-    bases, batch = _bases("released", "pre-rope")
+    bases, batch = _bases("released", KeyMode.PRE_ROPE)
     torch.testing.assert_close(bases.key.encoder[0], bases.key.encoder[1])
     keys = batch.key.reshape(-1, 5).double().numpy()
     singular = np.linalg.svd(keys, compute_uv=False)
@@ -42,9 +45,9 @@ def test_all_heads_share_the_singular_vectors_of_all_keys() -> None:
 
 
 def test_values_and_folded_keys_are_as_published() -> None:
-    for key_mode in ("pre-rope", "folded"):
+    for key_mode in (KeyMode.PRE_ROPE, KeyMode.NO_ROPE):
         released, _ = _bases("released", key_mode)
         paper, _ = _bases("paper", key_mode)
         torch.testing.assert_close(released.value.energy, paper.value.energy)
         assert torch.equal(released.value.encoder, paper.value.encoder)
-        assert torch.equal(released.key.energy, paper.key.energy) == (key_mode == "folded")
+        assert torch.equal(released.key.energy, paper.key.energy) == (key_mode is KeyMode.NO_ROPE)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The default method: its bases are the best there are, its metric is the attention's gradient."""
 
 from __future__ import annotations
@@ -12,26 +13,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration import attention_moments
-from calibration.attention_moments import (
-    cotangent,
-    group_context,
-    key_gradient,
-    query_gradient,
-    value_gradient,
-)
-from calibration.methods import get_method
-from calibration.methods.base import Batch, Layer, hartley
-from calibration.methods.sensitivity import FLOOR, oblique_basis
-from calibration.moments import Accumulator, rotate
-from vllm_eigen.families import Geometry
+from vllm_eigen.calibration.methods import get_method
+from vllm_eigen.calibration.methods.base import Layer, RankMethod, RankRule
+from vllm_eigen.calibration.methods.basis import METRIC_FLOOR, hartley
+from vllm_eigen.calibration.methods.sensitivity import oblique_basis
+from vllm_eigen.calibration.statistics import gradients
+from vllm_eigen.calibration.statistics.attention_moments import GroupContext
+from vllm_eigen.calibration.statistics.batch import Batch
+from vllm_eigen.calibration.statistics.gradients import cotangent
+from vllm_eigen.calibration.statistics.rotary import rotate
+from vllm_eigen.calibration.statistics.statistic import Accumulator
+from vllm_eigen.checkpoint.families import Geometry
+from vllm_eigen.checkpoint.modes import KeyMode
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles() -> Iterator[None]:
     """Seven tokens are three tiles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_moments, "TILE", 3)
+        patch.setattr(gradients, "TILE", 3)
         yield
 
 
@@ -62,7 +62,7 @@ def test_oblique_bases_lose_what_the_best_low_rank_map_loses(
             encoder, decoder = (part[head].numpy() for part in basis.at(rank))
             lost = keys[head] @ (np.eye(size) - encoder @ decoder) @ gradients[head].T
             best = (singular[rank:] ** 2).sum()
-            slack = 10 * FLOOR**0.5 * singular[0] ** 2
+            slack = 10 * METRIC_FLOOR**0.5 * singular[0] ** 2
             assert (lost**2).sum() <= best + slack
             assert (lost**2).sum() >= best * (1 - 1e-6) - slack
         np.testing.assert_allclose(
@@ -70,7 +70,7 @@ def test_oblique_bases_lose_what_the_best_low_rank_map_loses(
         )
 
 
-def test_latents_are_alike_and_as_large_as_what_they_encode() -> None:
+def test_latents_have_one_variance_and_the_size_of_what_they_encode() -> None:
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(2, 99, 8, generator=generator, dtype=torch.float64)
     key = key * torch.logspace(0, -3, 8, dtype=torch.float64)
@@ -94,13 +94,13 @@ def test_hartley_is_its_own_inverse(rank: int) -> None:
     torch.testing.assert_close(transform @ transform, torch.eye(rank, dtype=torch.float64))
 
 
-def test_rounding_to_fp8_costs_less_than_without_mixing() -> None:
+def test_rounding_to_fp8_costs_less_than_without_equalizing() -> None:
     """The closed form's claim: (tr L^{1/2})^2 / r instead of tr L."""
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(1, 4000, 16, generator=generator, dtype=torch.float64)
     key = key * torch.logspace(1, -2, 16, dtype=torch.float64)
-    turn, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))
-    key = key @ turn
+    rotation, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))
+    key = key @ rotation
     seen = torch.randn(1, 50, 16, generator=generator, dtype=torch.float64)
     moment, metric = key.mT @ key / 4000, seen.mT @ seen
     basis = oblique_basis(moment, metric)
@@ -193,15 +193,15 @@ def test_gradients_are_those_of_automatic_differentiation(rotary: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (1, 7, 10), generator=generator, dtype=torch.int8) * 2 - 1
     expected = torch.autograd.grad((output * signs[0]).sum(), [key, value, query])
-    found = key_gradient(batch)
+    found = batch.gradients.key
     if rotary:
         found = rotate(found, batch.cos, batch.sin, back=True)
         expected_query = rotate(expected[2][None], batch.cos, batch.sin)[0]
     else:
         expected_query = expected[2]
-    torch.testing.assert_close(query_gradient(batch)[0], expected_query)
+    torch.testing.assert_close(batch.gradients.query[0], expected_query)
     torch.testing.assert_close(found[0], expected[0])
-    torch.testing.assert_close(value_gradient(batch)[0], expected[1])
+    torch.testing.assert_close(batch.gradients.value[0], expected[1])
     torch.testing.assert_close(
         cotangent(batch)[0], torch.einsum("tx,xhd->thd", signs[0].double(), batch.o_proj)
     )
@@ -213,7 +213,7 @@ def test_the_metric_predicts_how_far_the_output_moves() -> None:
     for seed in range(60):
         batch = _batch(True, seed)
         assert batch.o_proj is not None
-        gradient = key_gradient(batch)
+        gradient = batch.gradients.key
         gradient = rotate(gradient, batch.cos, batch.sin, back=True).flatten(2)[0]
         error = 1e-4 * torch.randn(7, 2, 6, dtype=torch.float64)
         tables = (batch.cos, batch.sin)
@@ -230,37 +230,36 @@ def test_what_keys_have_in_common_does_not_matter() -> None:
     """A constant added to all keys moves no output, and is not what the query metric sees."""
     batch = _batch(False)
     moved = replace(batch, key=batch.key + 100 * torch.ones(6, dtype=torch.float64))
-    torch.testing.assert_close(query_gradient(moved), query_gradient(batch))
+    torch.testing.assert_close(moved.gradients.query, batch.gradients.query)
 
 
 @pytest.mark.parametrize("group", [1, 2])
 def test_group_context_is_the_moment_of_attended_values(group: int) -> None:
     batch = _batch(False)
-    assert batch.weights is not None
-    accumulator = Accumulator([group_context(group)], Geometry(1, 4, 2, 6, 10))
+    assert batch.probs is not None
+    accumulator = Accumulator([GroupContext(group)], Geometry(1, 4, 2, 6, 10))
     accumulator.add(batch)
     total = accumulator.moments().totals["group_context"]
     assert total.shape == (2 // group, 6 * group, 6 * group)
     values = batch.value[0].reshape(7, 2 // group, 6 * group)
     for latent in range(2 // group):
         heads = range(latent * 2 * group, (latent + 1) * 2 * group)
-        rows = torch.cat([batch.weights[0, head] @ values[:, latent] for head in heads])
+        rows = torch.cat([batch.probs[0, head] @ values[:, latent] for head in heads])
         torch.testing.assert_close(total[latent], rows.mT @ rows)
     if group == 1:
         rows = batch.context[0, :, :2].flatten(0, 1)
         torch.testing.assert_close(total[0], rows.mT @ rows)
 
 
-@pytest.mark.parametrize("key_mode", ["folded", "pre-rope", "post-rope"])
+@pytest.mark.parametrize("key_mode", list(KeyMode))
 @pytest.mark.parametrize("group", [1, 2])
 def test_latent_heads_are_as_wide_as_their_group(key_mode: Any, group: int) -> None:
     method = get_method("sensitivity")
     geometry = Geometry(1, 4, 2, 6, 10)
     accumulator = Accumulator(method.statistics(key_mode, group), geometry)
     for seed in range(20):
-        accumulator.add(_batch(key_mode != "folded", seed))
-    o_proj = torch.zeros(10, 4, 6, dtype=torch.float64)
-    layer = Layer(0, geometry, accumulator.moments(), o_proj, key_mode, group)
+        accumulator.add(_batch(key_mode.has_rope, seed))
+    layer = Layer(0, geometry, accumulator.moments(), key_mode, group)
     bases = method.bases(layer)
     for basis in (bases.key, bases.value):
         assert basis.full_rank == 6 * group
@@ -269,8 +268,7 @@ def test_latent_heads_are_as_wide_as_their_group(key_mode: Any, group: int) -> N
         assert basis.loss[0] == pytest.approx(1.0)
 
 
-def test_the_method_is_the_default() -> None:
-    from calibration.methods import DEFAULT
-
-    assert get_method(DEFAULT).name == "sensitivity"
-    assert get_method(DEFAULT).rank_rule == "global"
+def test_ranks_come_from_one_budget() -> None:
+    method = get_method("sensitivity")
+    assert isinstance(method, RankMethod)
+    assert method.rank_rule is RankRule.GLOBAL

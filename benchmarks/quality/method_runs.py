@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model calibrated by several methods, each measured at several sizes: `bench quality`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_eigen.benchmarks.quality.method_rows import Row
+from vllm_eigen.benchmarks.quality.plain_caches import PLAIN_CACHES, PlainCache
+from vllm_eigen.calibration.held_out import HeldOut
+from vllm_eigen.calibration.job import Job, Recipe
+from vllm_eigen.calibration.methods.basis import LayerMaps
+from vllm_eigen.calibration.model.device import pick_device
+from vllm_eigen.calibration.model.hooks import LayerCache
+from vllm_eigen.calibration.model.layerwise import LayerwiseModel
+from vllm_eigen.calibration.model.source import Source, open_source
+from vllm_eigen.calibration.model.text import all_windows, read_files, sample_windows
+from vllm_eigen.calibration.reporting.sweep import calibrator_of
+from vllm_eigen.calibration.state import State
+from vllm_eigen.calibration.target import Target
+from vllm_eigen.calibration.truncated import TruncatedModel
+from vllm_eigen.checkpoint.config import LayerRanks
+from vllm_eigen.checkpoint.modes import KeyMode
+from vllm_eigen.common.errors import UsageError
+from vllm_eigen.common.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as the table names it: `NAME[:HEAD_GROUP][:post-rope][:no-refit]`."""
+
+    label: str
+    method: str
+    head_group: int
+    post_rope: bool
+    no_refit: bool = False
+
+    def recipe(self, source: Source) -> Recipe:
+        """What it is for a model.
+
+        Raises:
+            UsageError: the method is unknown, or does not fit the model.
+        """
+        return Recipe.resolve(
+            source,
+            self.method,
+            key_mode=KeyMode.POST_ROPE if self.post_rope else None,
+            head_group=self.head_group,
+            refit=False if self.no_refit else None,
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """Read a label."""
+        name, *options = text.split(":")
+        group = [int(part) for part in options if part.isdigit()]
+        return cls(text, name, (group or [1])[0], "post-rope" in options, "no-refit" in options)
+
+
+class MethodRuns:
+    """One model with its calibration and test windows.
+
+    Raises:
+        InputError: the model or a text cannot be used.
+    """
+
+    def __init__(self, model: str, args: argparse.Namespace, reporter: Reporter) -> None:
+        self._source = open_source(model)
+        self._model = LayerwiseModel(self._source, pick_device(args.device))
+        self._reporter = reporter
+        tokenizer, size = self._source.tokenizer(), self._source.vocab_size
+        length = min(args.seq_len, self._source.max_positions)
+        self._calibration = sample_windows(
+            read_files(args.text),
+            tokenizer,
+            samples=args.samples,
+            length=length,
+            seed=args.seed,
+            vocab_size=size,
+        ).chosen
+        test = all_windows(
+            read_files(args.test),
+            tokenizer,
+            length=length,
+            vocab_size=size,
+            limit=args.test_tokens,
+        )
+        self._held_out = HeldOut(self._model, test)
+
+    def rows(self, variant: Variant, ratios: Sequence[float]) -> list[Row]:
+        """Calibrate once, then allocate and measure for every ratio; plain caches have one only."""
+        if variant.method in PLAIN_CACHES:
+            return [self._plain(variant, PLAIN_CACHES[variant.method])]
+        recipe = variant.recipe(self._source)
+        job = Job(self._model, recipe, self._calibration, State(), self._reporter)
+        calibrator = calibrator_of(job, Target(min(ratios)))
+        rows = []
+        for ratio in ratios:
+            try:
+                allocation = calibrator.allocate(Target(ratio))
+            except UsageError as error:
+                self._reporter.note(f"{variant.label}: {error}")
+                continue
+            compressed = calibrator.compress(allocation.ranks)
+            rows.append(self._row(variant, ratio, compressed, compressed.kv_ratio))
+        return rows
+
+    def _plain(self, variant: Variant, cache: PlainCache) -> Row:
+        """The base model with a cache of another element type."""
+        geometry = self._source.geometry
+        size = geometry.head_size
+        unit = torch.eye(size).expand(geometry.num_kv_heads, size, size)
+        layers = len(self._model.compressed_layers)
+        compressed = TruncatedModel(
+            self._model,
+            (LayerMaps((unit, unit), (unit, unit)),) * layers,
+            (LayerRanks(rank_k=size, rank_v=size),) * layers,
+            # Keys are cached after RoPE there.
+            self._source.family.key_modes[-1],
+        )
+        ratio = cache.bytes_per_head(size) / (2 * size)
+        return self._row(variant, round(ratio, 4), compressed, ratio, cache.cache)
+
+    def _row(
+        self,
+        variant: Variant,
+        ratio: float,
+        compressed: TruncatedModel,
+        reached: float,
+        cache: LayerCache | None = None,
+    ) -> Row:
+        windows = self._held_out.quality_by_window(compressed, cache)
+        base = statistics.fmean(math.log(item.base_perplexity) for item in windows)
+        gaps = [math.log(item.eigen_perplexity / item.base_perplexity) for item in windows]
+        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+        growth = math.exp(statistics.fmean(gaps))
+        row = Row(
+            model=self._source.name,
+            method=variant.label,
+            samples=len(self._calibration),
+            seq_len=self._calibration.shape[1],
+            kv_ratio=ratio,
+            reached=round(reached, 4),
+            base_perplexity=round(math.exp(base), 5),
+            perplexity=round(math.exp(base) * growth, 5),
+            increase=round(100 * (growth - 1), 3),
+            noise=round(200 * error * growth, 3),
+            kl=round(statistics.fmean(item.kl_per_token for item in windows), 6),
+            top1=round(100 * statistics.fmean(item.top1_agreement for item in windows), 2),
+            tokens=sum(item.tokens for item in windows),
+            rank_k=" ".join(str(item.rank_k) for item in compressed.ranks),
+            rank_v=" ".join(str(item.rank_v) for item in compressed.ranks),
+        )
+        self._reporter.note(
+            f"{row.model} {variant.label} {row.reached:g}: {row.increase:+.2f} % "
+            f"(noise {row.noise:.2f}), KL {row.kl:.5f}"
+        )
+        return row

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spending a byte budget over layers, keys and values."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of a checkpoint against its base."""

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys and values that one layer caches, token by token, with the gradient of the loss in them.
+
+Made by the gradient pass (`calibration.gradient_pass`), read by methods that weigh by the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_eigen.calibration.statistics.rotary import rotate
+from vllm_eigen.checkpoint.modes import KeyMode
+
+
+@dataclass(frozen=True)
+class LayerSamples:
+    """What one layer caches, and the gradient of the loss in it.
+
+    Keys are those before the rotary embedding, after the key norm where the family has one, i.e.
+    what the low-rank map is applied to in key mode `pre-rope`; values are those that are cached.
+    The loss is the sum of -log p(sampled label) over all tokens of a window.
+
+    Attributes:
+        key, value, key_gradient, value_gradient: float32 [num_windows, length, num_kv_heads,
+            head_size] on the CPU.
+        cos, sin: the rotary embedding's tables, [1, length, rotary_size] on the CPU; None without
+            it.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    key_gradient: torch.Tensor
+    value_gradient: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class CachedSamples:
+    """The same as the cache holds it: keys are rotated where the key mode caches rotated ones.
+
+    Attributes:
+        key, value, key_gradient, value_gradient: as in `LayerSamples`.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    key_gradient: torch.Tensor
+    value_gradient: torch.Tensor
+
+
+def cached_samples(
+    samples: LayerSamples, key_mode: KeyMode, frequencies: torch.Tensor | None, positions: int
+) -> CachedSamples:
+    """Samples in a key mode.
+
+    Rotated keys are those of windows that begin anywhere: bases must serve every position.
+
+    Args:
+        frequencies: radians a token of each RoPE pair; None where they depend on the length, and
+            windows begin at position 0.
+        positions: that the rotary embedding is used for.
+    """
+    key, gradient = samples.key, samples.key_gradient
+    if key_mode.caches_rotated_keys:
+        tables = [(samples.cos, samples.sin)]
+        if frequencies is not None:
+            last = max(1, positions - key.shape[1])
+            generator = torch.Generator().manual_seed(0)
+            first = torch.randint(0, last, (len(key), 1, 1), generator=generator)
+            angles = (first * frequencies).repeat(1, 1, 2)
+            tables.append((angles.cos().to(key), angles.sin().to(key)))
+        for cos, sin in tables:
+            key, gradient = rotate(key, cos, sin), rotate(gradient, cos, sin)
+    return CachedSamples(key, samples.value, gradient, samples.value_gradient)

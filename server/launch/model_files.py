@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's `config.json` and the size of its weight files, from a folder or the hub.
+
+No weights are loaded; from the hub only the JSON files are fetched.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_eigen.checkpoint.config import CONFIG_FILE
+from vllm_eigen.common.errors import InputError
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def is_local(model: str) -> bool:
+    """Whether `model` is a folder, or can only mean one (hub ids have at most one slash).
+
+    Raises:
+        InputError: it means a folder that does not exist.
+    """
+    if Path(model).is_dir():
+        return True
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"model folder {model} does not exist")
+    return False
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The model's `config.json`.
+
+    Raises:
+        InputError: there is no such model, or its configuration cannot be read.
+    """
+    return _read_json(Path(model) / CONFIG_FILE if is_local(model) else _fetch(model, CONFIG_FILE))
+
+
+def weight_bytes(model: str) -> int | None:
+    """Bytes of the safetensors files, if the files or their index tell.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if not is_local(model):
+        try:
+            return _total_size(_read_json(_fetch(model, INDEX_FILE)))
+        except InputError:
+            return None
+    folder = Path(model)
+    if (folder / INDEX_FILE).is_file():
+        return _total_size(_read_json(folder / INDEX_FILE))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
+
+
+def _total_size(index: dict[str, Any]) -> int | None:
+    """`total_size` of a safetensors index."""
+    metadata = index.get("metadata")
+    size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return int(size) if isinstance(size, int | float) else None
+
+
+def _fetch(model: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{name} of {model} cannot be had from the hub: {reason}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object")
+    return content

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Retrieval in long texts: the texts hold what is asked for, and only right answers count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import small_llama
+from vllm_eigen.benchmarks.quality.haystack import NAMES, Haystack, haystacks
+from vllm_eigen.benchmarks.quality.needle import _rows, ask
+from vllm_eigen.calibration.model.source import open_source
+from vllm_eigen.common.errors import InputError
+
+TEXT = "\n".join(
+    f"Line {n} of a long text, {'with words that say very little, ' * 3}and ends."
+    for n in range(400)
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return open_source(str(small_llama.write(tmp_path_factory.mktemp("needle") / "m"))).tokenizer()
+
+
+@settings(deadline=None, max_examples=20)
+@given(length=st.integers(900, 4000), keys=st.integers(1, 8), seed=st.integers(0, 9))
+def test_texts_have_their_length_and_every_fact_once(
+    tokenizer: Any, length: int, keys: int, seed: int
+) -> None:
+    [made] = haystacks(tokenizer, TEXT, length=length, keys=keys, number=1, seed=seed)
+    assert len(made.tokens) + max(map(len, made.questions)) == length
+    text = tokenizer.decode(made.tokens)
+    assert len(set(made.questions)) == len(made.answers) == len(made.depths) == keys
+    for question, answer in zip(made.questions, made.answers, strict=True):
+        [name] = [name for name in NAMES if f"of {name} is" in tokenizer.decode(question)]
+        assert text.count(f"The door code of {name} is {answer}.") == 1
+    assert list(made.depths) == sorted(made.depths)
+    assert made.depths[0] < 0.1
+    assert all(depth < 1 for depth in made.depths)
+
+
+def test_texts_differ_and_end_with_their_source(tokenizer: Any) -> None:
+    first, second = haystacks(tokenizer, TEXT, length=1500, keys=4, number=2, seed=0)
+    assert first.tokens != second.tokens
+    with pytest.raises(InputError, match="too short for 500 haystacks"):
+        haystacks(tokenizer, TEXT, length=1500, keys=4, number=500, seed=0)
+
+
+class Client:
+    """Answers each question with what it was told to say."""
+
+    def __init__(self, said: dict[tuple[int, ...], str]) -> None:
+        self.said = said
+        self.completions = self
+
+    def create(self, *, prompt: list[int], **_: Any) -> Any:
+        return SimpleNamespace(choices=[SimpleNamespace(text=self.said[tuple(prompt)])])
+
+
+def test_an_answer_counts_if_it_begins_with_the_digits() -> None:
+    haystack = Haystack((1, 2), ((3,), (4,), (5,)), ("11111", "22222", "33333"), (0.1, 0.2, 0.3))
+    said = {(1, 2, 3): " 11111.", (1, 2, 4): " 2222", (1, 2, 5): " no, 33333"}
+    assert ask(Client(said), "any", haystack) == [True, False, False]
+
+
+def test_rows_compare_with_the_first_server() -> None:
+    right = [True, True, True, False]
+    rows = _rows({"base": (1.0, {64: right}), "coded": (0.25, {64: [True, False, True, False]})})
+    assert [row["found"] for row in rows] == [75.0, 50.0]
+    assert (rows[0]["change"], rows[0]["change_error"]) == (0.0, 0.0)
+    # Differences 0, -1, 0, 0: mean -0.25, standard deviation 0.5, two standard errors 0.5.
+    assert (rows[1]["change"], rows[1]["change_error"]) == (-25.0, pytest.approx(50.0))
+
+
+def test_a_text_that_is_no_text(tmp_path: Path) -> None:
+    from vllm_eigen import cli
+
+    base = small_llama.write(tmp_path / "m")
+    command = ["bench", "needle", "--base", str(base), "--eigen", str(base), "--text"]
+    command += [
+        str(tmp_path / "none.txt"),
+        "--lengths",
+        "64",
+        "--output-json",
+        str(tmp_path / "r.json"),
+    ]
+    assert cli.main(command) != 0
+    assert list(tmp_path.glob("r*")) == []

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels over coded caches against float64, at every instruction-set level."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.cases import Case, expected, make, run, tolerance
+from tests.kernels.strategies import cases, codes
+from vllm_eigen.checkpoint.codes import Code
+from vllm_eigen.kernels import Kernels, LayerSpec, ScoreOptions, Step
+from vllm_eigen.kernels.coding import from_bytes, to_bytes
+from vllm_eigen.kernels.cpu.build import supported_isas
+from vllm_eigen.kernels.cpu.integers import IntegerRows
+from vllm_eigen.kernels.cpu.kernels import CpuKernels
+
+ISAS = supported_isas()
+SETTINGS = settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+
+
+@cache
+def kernels(isa: str) -> Kernels:
+    return CpuKernels(isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@SETTINGS
+@given(case=cases(coded=True))
+def test_agrees_with_float64(isa: str, case: Case) -> None:
+    problem = make(case)
+    found = run(kernels(isa), problem, free_outside_window=True)
+    limit = tolerance(case, rounds_keys=isa == "avx512bf16", in_integers=True)
+    np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=limit)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@SETTINGS
+@given(code=codes(), seed=st.integers(0, 2**20), size=st.sampled_from([1e-6, 0.6, 4.0, 300.0]))
+def test_stores_the_codes_of_the_reference(isa: str, code: Code, seed: int, size: float) -> None:
+    """One key per sequence: the output is the stored value, to the 15 bits of its probability."""
+    count = 40
+    values = torch.randn(count, 1, code.rank, generator=torch.Generator().manual_seed(seed)) * size
+    values[::3] = (values[::3] * 2).round() / 2
+    values[7] = 0.0
+    key_code = Code(four=8)
+    spec = LayerSpec(
+        *(1, 1, 8, code.rank, torch.float32, torch.uint8, ScoreOptions(scale=1.0)),
+        key_code=key_code,
+        value_code=code,
+    )
+    layer = kernels(isa).prepare(spec)
+    # Every place of a group of tokens.
+    slots = torch.arange(count) * 16 + torch.arange(count) % 16
+    kv_cache = torch.zeros(count, 1, 16, spec.key_width + spec.value_width, dtype=torch.uint8)
+    layer.write_cache(torch.ones(count, 1, 8), values, kv_cache, slots)
+    output = torch.empty(count, 1, code.rank)
+    lengths = torch.arange(count).int() % 16 + 1
+    step = Step(
+        torch.arange(count + 1, dtype=torch.int32),
+        lengths,
+        torch.arange(count, dtype=torch.int32)[:, None],
+        num_actual_tokens=count,
+    )
+    # The keys before the last are zero and far below it, their values never written: codes 0.
+    layer.attend(
+        torch.full((count, 1, 8), 20.0),
+        kv_cache,
+        output,
+        kernels(isa).plan(step, spec.plan_geometry(16)),
+    )
+    exact = from_bytes(to_bytes(values, code), code)
+    torch.testing.assert_close(output, exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_same_bits_with_any_number_of_threads(isa: str, reconstruct: bool) -> None:
+    code = Code(eight=4, four=24, two=16, token_scale=True)
+    case = Case(
+        queries_per_head=3,
+        rank_k=code.rank,
+        rank_v=code.rank,
+        block_size=48,
+        sequences=((1100, 1), (0, 150), (2000, 1)),
+        dtype=torch.bfloat16,
+        head_size=64,
+        reconstruct=reconstruct,
+        rotary_dim=64,
+        rope_base=1e4,
+        codes=(code, code),
+    )
+    problem = make(case)
+    whole = run(kernels(isa), problem)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(run(kernels(isa), problem), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@given(codes(), st.integers(0, 2**20))
+def test_integer_rows_are_close_to_the_basis(code: Code, seed: int) -> None:
+    """Products with codes, as the kernel adds them up, to the last bit of the basis."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(2, 6, code.rank, generator=generator)
+    rows = IntegerRows.of(basis, code)
+    widths = torch.tensor(code.widths)
+    stored = (torch.rand(code.rank, generator=generator) * 2.0**widths).long()
+    numbers = rows.basis.view(torch.int8).long()
+    low, high = numbers.split([code.eight, code.rank], dim=2)
+    sums = (((low * stored[: code.eight]).sum(dim=2) + 64) >> 7) + (high * stored).sum(dim=2)
+    found = (sums - rows.offset) * rows.scale.double()
+    codes_meant = stored - (2.0**widths - 1).double() / 2
+    exact = basis.double() @ codes_meant
+    # Half a step of the basis for each code, a 128th of it for those of 8 bits.
+    step = torch.where(widths == 8, 0.5 / 128, 0.5)
+    limit = rows.scale.double() * ((step * codes_meant.abs()).sum() + 0.51)
+    assert bool(((found - exact).abs() <= limit).all())

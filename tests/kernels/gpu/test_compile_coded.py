@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels over codes compiled for Ampere and Hopper, which needs no GPU.
+
+Decode must read every code in loads of 16 bytes and keep all it holds in registers. Run as a
+script with a compute capability it prints what the compiler made of each kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_eigen.checkpoint.codes import Code
+
+SHARED_BYTES = {80: 166_912, 90: 232_448}
+MIXED = {
+    64: Code(eight=4, four=48, two=16),
+    128: Code(eight=8, four=96, two=16),
+    256: Code(eight=16, four=208, two=32),
+}
+# name: heads, KV heads, head size, key code, value code, whether keys are reconstructed, block size
+CASES: dict[str, tuple[Any, ...]] = {
+    **{
+        f"{size}": (32, 8, size, code, Code(four=size, token_scale=True), False, 64)
+        for size, code in MIXED.items()
+    },
+    "128, other counts": (
+        *(32, 8, 128, Code(eight=12, four=88, two=32, token_scale=False)),
+        *(Code(eight=8, four=104, token_scale=True), False, 64),
+    ),
+    "128, blocks of 16": (32, 8, 128, MIXED[128], Code(four=128, token_scale=True), False, 16),
+    "pre-rope 64": (32, 8, 64, MIXED[64], Code(four=64, token_scale=True), True, 64),
+    "pre-rope 128": (
+        *(32, 8, 128, Code(eight=8, four=96), Code(four=128, token_scale=True), True, 64),
+    ),
+}
+
+
+@cache
+def compiled(capability: int) -> dict[str, list[dict[str, Any]]]:
+    pytest.importorskip("triton.backends.nvidia.compiler")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    module = "tests.kernels.gpu.test_compile_coded"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, str(capability)],
+        env=env,
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_fits_the_device(capability: int, name: str) -> None:
+    kernels = compiled(capability)[name]
+    assert [k["name"] for k in kernels] == ["write", "decode", "prefill"]
+    assert all(k["shared_bytes"] <= SHARED_BYTES[capability] for k in kernels), kernels
+    product = "wgmma" if capability == 90 else "mma"
+    assert all(k[product] > 0 for k in kernels[1:]), kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_decode_spills_nothing(capability: int, name: str) -> None:
+    _, decode, _ = compiled(capability)[name]
+    assert decode["stack_bytes"] == 0, decode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_decode_loads_codes_in_16_bytes(capability: int, name: str) -> None:
+    """Copies of 16 bytes are those of two tiles before the loop and of one in it, no more."""
+    from vllm_eigen.kernels.gpu.code_layout import code_tiles
+
+    _, decode, _ = compiled(capability)[name]
+    *_, key_code, value_code, _, _ = CASES[name]
+    units = [tile.units for code in (key_code, value_code) for tile in code_tiles(code)]
+    copies = [max(1, 2 * some * decode["block_n"] // (16 * decode["threads"])) for some in units]
+    basis = decode["copies"] - 3 * sum(copies)
+    assert basis >= 0, (decode, copies)
+    # Start angles of a tile are copied as well where keys are reconstructed.
+    assert basis == 0 or "pre-rope" in name, (decode, copies)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_counts_are_arguments(capability: int) -> None:
+    """Layers whose widths fill the same tiles run the same compiled kernels."""
+    reports = compiled(capability)
+    hashes = [[kernel["hash"] for kernel in reports[n]] for n in ("128", "128, other counts")]
+    assert hashes[0] == hashes[1]
+
+
+def _compile_all(capability: int) -> dict[str, list[dict[str, Any]]]:
+    """Call the kernels with a compiler in place of the launcher."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from vllm_eigen.kernels import KeyReconstruction, LayerSpec, RotaryTable, ScoreOptions, Step
+    from vllm_eigen.kernels.gpu import coded_layer, layer
+    from vllm_eigen.kernels.gpu import kernels as gpu
+
+    class Device:
+        """As much of a driver as compiling asks for."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    class Compiler:
+        """Stands for a kernel; notes what it compiles to instead of launching it."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            def compile_kernel(*args: Any, **kwargs: Any) -> None:
+                made = self.kernel.warmup(*args, grid=grid, **kwargs)
+                name = "write"
+                if "is_decode" in kwargs:
+                    name = "decode" if kwargs["is_decode"] else "prefill"
+                found.append(
+                    {
+                        "name": name,
+                        "hash": made.hash,
+                        "shared_bytes": made.metadata.shared,
+                        "threads": 32 * made.metadata.num_warps,
+                        "block_n": kwargs.get("BLOCK_N"),
+                        "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
+                        "mma": made.asm["ptx"].count("mma.sync.aligned"),
+                        "copies": len(re.findall(r"cp\.async\.cg.*, 0x10\b", made.asm["ptx"])),
+                        "stack_bytes": _stack_bytes(made.asm["cubin"]),
+                    }
+                )
+
+            return compile_kernel
+
+    class Nothing:
+        """Stands for a kernel that is compiled elsewhere."""
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: None
+
+    driver.set_active(Device())
+    gpu._INTERPRETED = True  # No device is asked for.
+    coded: Any = coded_layer
+    coded.coded_write_kernel = Compiler(coded.coded_write_kernel)
+    coded.coded_attention_kernel = Compiler(coded.coded_attention_kernel)
+    combining: Any = layer
+    combining.combine_splits_kernel = Nothing()
+    reports = {}
+    for name, case in CASES.items():
+        heads, kv_heads, size, key_code, value_code, reconstructs, block_size = case
+        dtype = torch.bfloat16
+        found: list[dict[str, Any]] = []
+        reports[name] = found
+        reconstruction = None
+        if reconstructs:
+            rotary = RotaryTable.from_frequencies(torch.rand(size // 2), 256)
+            basis = torch.zeros(kv_heads, key_code.rank, size, dtype=dtype)
+            reconstruction = KeyReconstruction(basis, rotary)
+        spec = LayerSpec(
+            *(heads, kv_heads, key_code.rank, value_code.rank, dtype, torch.uint8),
+            ScoreOptions(0.1),
+            reconstruction=reconstruction,
+            key_code=key_code,
+            value_code=value_code,
+        )
+        kernels = gpu.GpuKernels()
+        kernels._shared_bytes = SHARED_BYTES[capability]
+        prepared = kernels.prepare(spec)
+        width = spec.key_width + spec.value_width
+        cache = torch.zeros(4, kv_heads, block_size, width, dtype=torch.uint8)
+        key = torch.zeros(64, kv_heads, spec.rank_k, dtype=dtype)
+        value = torch.zeros(64, kv_heads, spec.rank_v, dtype=dtype)
+        prepared.write_cache(key, value, cache, torch.zeros(64, dtype=torch.int64))
+        step = Step(
+            torch.zeros(3, dtype=torch.int32),
+            torch.zeros(2, dtype=torch.int32),
+            torch.zeros(2, 2048, dtype=torch.int32),
+            num_actual_tokens=64,
+        )
+        prepared.attend(
+            torch.zeros(64, heads, spec.query_size, dtype=dtype),
+            cache,
+            torch.zeros(64, heads, spec.rank_v, dtype=dtype),
+            kernels.plan(step, spec.plan_geometry(block_size)),
+        )
+    return reports
+
+
+def _stack_bytes(cubin: bytes) -> int:
+    """Local memory of a thread, where registers would be spilled to."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]) + int(found[2])
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile_all(int(sys.argv[1])), indent=1))

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of the matrix through torch's compiler, as vLLM serves it, against transformers."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plugin.conftest import Rows
+from tests.plugin.harness.engine import ask, check, engine
+from tests.plugin.harness.rows import CODED_ROWS, MAX_MODEL_LEN, ROWS, Row, limits
+from tests.plugin.harness.two_ranks import word_prompts
+from vllm_eigen.calibration.model.compressed import load_reference
+from vllm_eigen.server.launch.process import can_compile
+
+
+@pytest.mark.skipif(
+    not can_compile(),
+    reason="torch's compiler cannot work below a path with spaces",
+)
+@pytest.mark.parametrize("row", [*ROWS, *CODED_ROWS], ids=str)
+@pytest.mark.slow
+def test_compiled(row: Row, served: Rows) -> None:
+    found = served(row)
+    asked = word_prompts([1, 40, 100], seed=9)
+    with engine(
+        found.model, max_model_len=MAX_MODEL_LEN, enforce_eager=False, **found.options
+    ) as llm:
+        check(load_reference(found.eigen), asked, ask(llm, asked, 4, logits=True), **limits(row))

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model families as descriptions: where the attention projections are and how positions enter.
+
+Calibration reads a Hugging Face model through a description, the plugin builds vLLM's model of
+the same architecture through it. A new family is one more row in `FAMILIES`, never a copied model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_eigen.checkpoint.modes import KeyMode
+from vllm_eigen.common.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face architecture.
+
+    Module paths are dotted attribute names, equal to the parameter names in the checkpoint.
+
+    Attributes:
+        architecture: the base class name, e.g. `LlamaForCausalLM`.
+        decoder: the module that owns `layers`, its embeddings and its final norm.
+        layers: name of the layer list inside `decoder`.
+        attention: name of the attention module inside a layer.
+        q_proj, k_proj, v_proj, o_proj: names of the linear maps inside the attention module.
+        rotary: whether keys and queries are rotated by position before their dot product.
+        q_norm, k_norm: names of the norms of query and key heads before rotation, if any.
+        heads_first: whether transformers applies these norms to [batch, heads, tokens, size], and
+            not to [batch, tokens, heads, size].
+        full_every: of a family that mixes layers with full attention and with sliding windows:
+            one in so many is full where `config.json` does not list `layer_types`. The others keep
+            their cache as it is. 0: all layers are of one kind.
+        qkv_proj: name of the fused projection that holds queries, keys and values in the base
+            checkpoint, if they are fused there; Eigen checkpoints have them apart.
+        aliases: other names of the architecture in `config.json`.
+        required: configuration fields (dotted) that must have a value, where they are given, for
+            the model to be what the description says.
+    """
+
+    model_type: str
+    architecture: str
+    decoder: str
+    layers: str
+    attention: str
+    q_proj: str
+    k_proj: str
+    v_proj: str
+    o_proj: str
+    rotary: bool
+    q_norm: str = ""
+    k_norm: str = ""
+    heads_first: bool = False
+    full_every: int = 0
+    qkv_proj: str = ""
+    aliases: tuple[str, ...] = ()
+    required: tuple[tuple[str, bool | int], ...] = ()
+
+    @property
+    def eigen_architecture(self) -> str:
+        """Name under which the compressed model is registered in vLLM."""
+        return f"Eigen{self.architecture}"
+
+    @property
+    def key_modes(self) -> tuple[KeyMode, ...]:
+        """Key-cache modes the family allows, the default first."""
+        return (KeyMode.PRE_ROPE, KeyMode.POST_ROPE) if self.rotary else (KeyMode.NO_ROPE,)
+
+    def clips(self, config: Mapping[str, Any]) -> bool:
+        """Whether queries, keys and values are clipped once projected."""
+        return bool(_field(config, "attn_config.clip_qkv"))
+
+    def attention_path(self, layer: int) -> str:
+        """Dotted path of a layer's attention module, e.g. `model.layers.3.self_attn`."""
+        return f"{self.decoder}.{self.layers}.{layer}.{self.attention}"
+
+    def compressed_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """The layers whose cache is compressed: all, or of a mixed model those with full attention.
+
+        A layer with a sliding window caches no more than the window.
+
+        Raises:
+            UnsupportedModelError: `layer_types` does not fit, or no layer has full attention.
+        """
+        count = self.geometry(config).num_layers
+        if not self.full_every:
+            return tuple(range(count))
+        every = int(config.get("sliding_window_pattern") or self.full_every)
+        kinds = config.get("layer_types") or [
+            "sliding_attention" if (index + 1) % every else "full_attention"
+            for index in range(count)
+        ]
+        found = tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
+        if len(kinds) != count or not found:
+            raise UnsupportedModelError(
+                f"config.json of {self.architecture}: layer_types lists {len(kinds)} layers, "
+                f"{len(found)} of them full_attention; needed are {count}, and at least one"
+            )
+        return found
+
+    def check_required(self, config: Mapping[str, Any]) -> None:
+        """Refuse a model with an option that the description does not cover.
+
+        Raises:
+            UnsupportedModelError: names the option.
+        """
+        for name, wanted in self.required:
+            found = _field(config, name)
+            if found is not None and found != wanted:
+                raise UnsupportedModelError(
+                    f"config.json of {self.architecture}: {name}={str(found).lower()} is not "
+                    f"supported; supported: {str(wanted).lower()}"
+                )
+
+    def geometry(self, config: Mapping[str, Any]) -> Geometry:
+        """Head counts and sizes from a `config.json` dictionary.
+
+        Raises:
+            UnsupportedModelError: a needed field is missing or has a value that is not supported,
+                or the sizes do not divide.
+        """
+        self.check_required(config)
+        try:
+            hidden_size = int(config.get("hidden_size") or config["d_model"])
+            num_heads = int(config.get("num_attention_heads") or config["n_heads"])
+            num_layers = int(config.get("num_hidden_layers") or config["n_layers"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"config.json of {self.architecture}: field {error} is missing or not a number"
+            ) from error
+        num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
+        head_size = int(config.get("head_dim") or hidden_size // max(num_heads, 1))
+        if num_heads < 1 or num_heads % num_kv_heads:
+            raise UnsupportedModelError(
+                f"config.json of {self.architecture}: {num_heads} query heads cannot share "
+                f"{num_kv_heads} KV heads"
+            )
+        return Geometry(num_layers, num_heads, num_kv_heads, head_size, hidden_size)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the uncompressed attention."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+
+
+_LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    decoder="model",
+    layers="layers",
+    attention="self_attn",
+    q_proj="q_proj",
+    k_proj="k_proj",
+    v_proj="v_proj",
+    o_proj="o_proj",
+    rotary=True,
+)
+
+FAMILIES: tuple[Family, ...] = (
+    _LLAMA,
+    replace(_LLAMA, model_type="mistral", architecture="MistralForCausalLM"),
+    replace(_LLAMA, model_type="qwen2", architecture="Qwen2ForCausalLM"),
+    replace(
+        _LLAMA,
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        q_norm="q_norm",
+        k_norm="k_norm",
+    ),
+    replace(
+        _LLAMA,
+        model_type="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        q_norm="q_norm",
+        k_norm="k_norm",
+        heads_first=True,
+        full_every=6,
+        required=(("use_bidirectional_attention", False),),
+    ),
+    Family(
+        model_type="opt",
+        architecture="OPTForCausalLM",
+        decoder="model.decoder",
+        layers="layers",
+        attention="self_attn",
+        q_proj="q_proj",
+        k_proj="k_proj",
+        v_proj="v_proj",
+        o_proj="out_proj",
+        rotary=False,
+    ),
+    Family(
+        model_type="mpt",
+        architecture="MptForCausalLM",
+        decoder="transformer",
+        layers="blocks",
+        attention="attn",
+        q_proj="q_proj",
+        k_proj="k_proj",
+        v_proj="v_proj",
+        o_proj="out_proj",
+        rotary=False,
+        qkv_proj="Wqkv",
+        aliases=("MPTForCausalLM",),
+        required=(
+            ("attn_config.alibi", True),
+            ("attn_config.prefix_lm", False),
+            ("attn_config.qk_ln", False),
+            ("no_bias", True),
+            # transformers builds this width whatever the config says, and vLLM would cut weights.
+            ("expansion_ratio", 4),
+        ),
+    ),
+)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family named by a `config.json` dictionary, base or Eigen.
+
+    Raises:
+        UnsupportedModelError: no description fits; the message lists those there are.
+    """
+    architectures = config.get("architectures") or []
+    for family in FAMILIES:
+        names = (family.architecture, family.eigen_architecture, *family.aliases)
+        if any(name in architectures for name in names):
+            return family
+    named = ", ".join(map(str, architectures)) or f"model_type {config.get('model_type')!r}"
+    supported = ", ".join(family.architecture for family in FAMILIES)
+    raise UnsupportedModelError(f"architecture {named} is not supported; supported: {supported}")
+
+
+def _field(config: Mapping[str, Any], path: str) -> Any:
+    """A field of nested dictionaries by its dotted path, or None."""
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a Worker reads a cache of codes: see worker.h for what a reader has. M: what latents are
+// multiplied as where keys are reconstructed.
+#pragma once
+
+#include "reconstruct.h"
+#include "values.h"
+
+namespace vllm_eigen {
+
+template <class M>
+class CodedReader {
+ public:
+  using Storage = uint8_t;
+  using Keys = typename M::Reconstructed;
+  using Absorbing = std::conditional_t<kInIntegers<M>, Bfloat16, Float32>;
+  using Run = CodedRun;
+
+  CodedReader() = default;
+  CodedReader(Arena& arena, const LayerArgs& layer, int block_size, int64_t rows)
+      : layout_{block_size, Sections(*layer.key_code), Sections(*layer.value_code)},
+        padded_((layout_.value.rank + W - 1) / W * W),
+        weights_(arena, layout_.value, kTileRows),
+        probs_(arena.take<float>(kTileRows * kKvChunk)) {
+    if (const ReconstructArgs* r = layer.reconstruct) {
+      panel_ = arena.take<float>(static_cast<int64_t>(layout_.key.rank) * kPanelTokens);
+      if (r->absorb)
+        queries_ = CodedQueries(arena, layout_.key,
+                                layer.num_heads / r->num_heads * r->absorb->num_functions);
+    } else {
+      queries_ = CodedQueries(arena, layout_.key, rows);
+    }
+  }
+
+  float k_scale() const { return 1.0f; }
+  float v_scale() const { return 1.0f; }
+
+  void put_query(int row, const float* x) const {
+    quantize_query<true>(layout_.key, x, queries_, row);
+  }
+
+  Run run(const Storage* block, int inside, int tokens) const {
+    return {&layout_.key, layout_.keys(block, 0, inside),
+            layout_.key.has_scale ? layout_.key_scales(block, inside) : nullptr,
+            4 * static_cast<int64_t>(layout_.block_size), layout_.key.code_bytes / 4, tokens};
+  }
+
+  void score(int row, int rows, const Run& run, float* scores) const {
+    score_as<true>(row, rows, run, scores);
+  }
+
+  void put_absorbed(int count, const AbsorbBuffers& buffers) const {
+    const int64_t padded = (layout_.key.rank + W - 1) / W * W;
+    for (int i = 0; i < count; ++i)
+      quantize_query<!kInIntegers<M>>(layout_.key, buffers.latent + i * padded, queries_, i);
+  }
+
+  void reconstruct(const ReconstructArgs& a, int head, int pairs, const Run& run, int64_t position,
+                   typename Keys::Storage* keys, const Storage* block, int inside, const Run& next,
+                   int absorbed, const AbsorbBuffers&, float* products) const {
+    const Values values{reinterpret_cast<const char*>(layout_.values(block, inside)),
+                        layout_.value.code_bytes};
+    const auto as = [&](auto latents) {
+      using L = typename decltype(latents)::type;
+      reconstruct_keys<Keys, L>(a, head, pairs, 1.0f, run, position, keys, kKvChunk * Keys::pack,
+                                panel_, values, next, [](const KeyRun<L>&, int) {});
+    };
+    if constexpr (kInIntegers<M>) {
+      if (a.low_units == 0 && !run.scales)
+        as(TypeOf<FewBits>{});
+      else
+        as(TypeOf<M>{});
+    } else {
+      as(TypeOf<M>{});
+    }
+    if (absorbed > 0) score_as<!kInIntegers<M>>(0, absorbed, run, products);
+  }
+
+  SoftmaxState softmax(int i, const RowScores& row, float* scores, int begin, int end) const {
+    return softmax_chunk<Float32>(row, scores, reinterpret_cast<uint32_t*>(probs(i)), begin, end);
+  }
+
+  template <class Bounds, class Blocks>
+  void values(int rows, Bounds&& bounds, Blocks&& blocks, float* acc) const {
+    const auto b = bounds(0, rows);
+    const int begin = b.begin / kAlign * kAlign, end = (b.end + kAlign - 1) / kAlign * kAlign;
+    if (layout_.value.has_scale)
+      blocks(begin, end, [&](const Storage* block, int inside, int from, int to) {
+        for (int i = 0; i < rows; ++i) apply_scales(block, inside, from, to, i, bounds(i, 1));
+      });
+    for (int i = 0; i < rows; ++i) quantize_weights(probs(i), begin, end, weights_, i);
+    std::fill_n(weights_.sums, static_cast<size_t>(rows) * weights_.row_sums, 0u);
+    blocks(begin, end, [&](const Storage* block, int inside, int from, int to) {
+      add_codes(layout_, weights_, 0, rows, block, inside, from, to - from);
+    });
+    for (int i = 0; i < rows; ++i)
+      sums_to_values(layout_.value, weights_, i, acc + static_cast<int64_t>(i) * padded_);
+  }
+
+ private:
+  template <bool fine>
+  void score_as(int row, int rows, const Run& run, float* scores) const {
+    score_codes<fine>(queries_, row, rows, run, scores);
+    if (run.scales) scale_scores(rows, run, scores);
+  }
+
+  float* probs(int row) const { return probs_ + row * kKvChunk; }
+
+  // Probabilities times scales, but only of what the row sees: elsewhere a scale may be NaN.
+  template <class B>
+  void apply_scales(const Storage* block, int inside, int from, int to, int row, B seen) const {
+    const Storage* scales = layout_.value_scales(block, inside);
+    for (int t = from; t < to; t += W, scales += 2 * W) {
+      float* p = probs(row) + t;
+      const I at = iota() + t;
+      const F weight = load<F>(p) * float_of_bf16(load<H>(scales));
+      store(p, select((at >= seen.begin) & (at < seen.end), weight, F{}));
+    }
+  }
+
+  CodedLayout layout_;
+  int padded_;  // rank_v in whole vectors
+  CodedQueries queries_;  // or absorbed ones
+  CodedWeights weights_;
+  float *probs_, *panel_;
+};
+
+}  // namespace vllm_eigen

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// Keys reconstructed from coded latents.
+//
+// Where the machine multiplies bytes, bfloat16 keys are made in integers: codes as they are stored
+// times a key basis of 8 bits a number, and of 15 bits where it meets 8-bit codes. Each row of the
+// basis has a scale. What 8 bits take from the basis is far below what the codes themselves lack
+// of the latent: 0.3 steps of a code against about 0.02. Elsewhere latents are widened to float32.
+#pragma once
+
+#include "../absorb.h"
+#include "integer.h"
+#include "layout.h"
+
+namespace vllm_eigen {
+
+// K of some consecutive tokens of a coded block.
+struct CodedRun {
+  const Sections* code;
+  const uint8_t* first;   // unit row 0 at the first token
+  const uint8_t* scales;  // of the tokens, or null
+  int64_t stride;         // from unit row to unit row
+  int units, tokens;
+};
+
+// Latents as float32: one row for each direction.
+template <int width, int j>
+VLLM_EIGEN_INLINE void store_plane(U unit, float* row, int64_t stride) {
+  constexpr uint32_t mask = (1u << width) - 1;
+  VLLM_EIGEN_UNROLL for (int byte = 0; byte < 4; ++byte) {
+    const I code = (I)((unit >> (8 * byte + j * width)) & mask);
+    store(row + (4 * j + byte) * stride, __builtin_convertvector(code, F) - 0.5f * mask);
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// Latents as bytes: one row of units for every four directions.
+struct CodeBytes {
+  using Storage = uint32_t;
+  using Reconstructed = Bfloat16;
+  static constexpr int pack = 1;
+  static constexpr bool is_plain = false;
+};
+
+// Where no code has 8 bits, so that the basis has no low bytes, and tokens have no scales.
+struct FewBits : CodeBytes {
+  static constexpr bool is_plain = true;
+};
+
+template <int width, int j>
+VLLM_EIGEN_INLINE void store_plane(U unit, uint32_t* row, int64_t stride) {
+  store(row + j * stride, unsigned_plane<width, j>(unit).bytes);
+}
+
+// sums[r][v] += codes times numbers, over `count` units.
+template <int R, int NV>
+VLLM_EIGEN_INLINE void multiply_bytes(U (&sums)[R][NV], const uint32_t* rows, int64_t row_stride,
+                                      const uint32_t* codes, int64_t stride, int count) {
+  U c[R][NV];  // a copy, as in multiply.h
+  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
+    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) c[r][v] = sums[r][v];
+  for (int u = 0; u < count; ++u, codes += stride) {
+    U vectors[NV];
+    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) vectors[v] = load<U>(codes + v * W);
+    VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r) {
+      const U numbers = U{} + rows[r * row_stride + u];
+      // Not the intrinsic: with it gcc moves sums to the stack and back in every turn.
+      VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v)
+        asm("vpdpbusd %2, %1, %0" : "+v"(c[r][v]) : "v"(vectors[v]), "v"(numbers));
+    }
+  }
+  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
+    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = c[r][v];
+}
+
+template <class M, int R, int NV>
+VLLM_EIGEN_INLINE void unrotated_bytes(const ReconstructArgs& a, int64_t row,
+                                       const KeyRun<M>& latents, F (&c)[R][NV]) {
+  const int low = M::is_plain ? 0 : static_cast<int>(a.low_units), units = low + latents.units;
+  const uint32_t* rows = a.basis + row * units;
+  U low_sums[R][NV] = {}, sums[R][NV] = {};
+  if (!M::is_plain) multiply_bytes(low_sums, rows, units, latents.first, latents.stride, low);
+  multiply_bytes(sums, rows + low, units, latents.first, latents.stride, latents.units);
+  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r) {
+    const float scale = a.row_scale[row + r], above = a.row_offset[row + r];
+    const float offset = a.offset ? a.offset[row + r] : 0.0f;
+    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
+      if constexpr (M::is_plain) {
+        const F sum = __builtin_convertvector((I)sums[r][v], F);
+        c[r][v] = fma(sum, splat(scale), splat(offset - above * scale));
+      } else {
+        const I whole = (I)sums[r][v] + (((I)low_sums[r][v] + kSignedBase / 2) >> 7);
+        const F sum = __builtin_convertvector(whole, F) - above;
+        c[r][v] = fma(sum, factor_of(latents, v * W, 1.0f) * scale, splat(offset));
+      }
+    }
+  }
+}
+
+// As for plain latents.
+template <int R, int NV>
+VLLM_EIGEN_INLINE void unrotated(const ReconstructArgs& a, int64_t row, int, float,
+                                 const KeyRun<CodeBytes>& latents, F (&c)[R][NV]) {
+  unrotated_bytes(a, row, latents, c);
+}
+
+template <int R, int NV>
+VLLM_EIGEN_INLINE void unrotated(const ReconstructArgs& a, int64_t row, int, float,
+                                 const KeyRun<FewBits>& latents, F (&c)[R][NV]) {
+  unrotated_bytes(a, row, latents, c);
+}
+#else
+struct CodeBytes;
+using FewBits = CodeBytes;
+#endif
+
+template <class M>
+constexpr bool kInIntegers = std::is_same_v<M, CodeBytes> || std::is_same_v<M, FewBits>;
+
+// The latents of NV vectors of tokens, in `panel`.
+template <class M, int NV>
+VLLM_EIGEN_INLINE KeyRun<M> staged(const CodedRun& run, int token, float* panel) {
+  constexpr int stride = NV * W;
+  constexpr bool is_bytes = kInIntegers<M>;
+  auto* row = reinterpret_cast<typename M::Storage*>(panel);
+  const uint8_t* units = run.first + 4 * token;
+  each_below<kWidths>([&](auto width_index) {
+    constexpr int s = decltype(width_index)::value, width = kWidth[s];
+    for (int u = 0; u < run.code->of[s].units(); ++u, units += run.stride) {
+      VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
+        const U unit = load<U>(units + v * 4 * W);
+        each_below<8 / width>([&](auto plane) {
+          store_plane<width, decltype(plane)::value>(unit, row + v * W, stride);
+        });
+      }
+      row += (is_bytes ? 8 : 32) / width * stride;
+    }
+  });
+  return {reinterpret_cast<typename M::Storage*>(panel), nullptr, stride,
+          is_bytes ? run.code->rank / 4 : run.code->rank, stride,
+          run.scales ? run.scales + 2 * token : nullptr};
+}
+
+VLLM_EIGEN_INLINE void fetch_latents(const CodedRun& run, int token, int tokens, int from, int to) {
+  if (token >= run.tokens) return;
+  for (int u = from; u < std::min(to, run.units); ++u)
+    fetch(run.first + u * run.stride + 4 * token, 0, 4 * tokens);
+}
+
+}  // namespace vllm_eigen

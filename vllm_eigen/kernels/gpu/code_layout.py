@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the GPU kernels order the codes of a block, and in which tiles they read them.
+
+One head's part of a block is, for keys and then for values,
+
+    unit 0 of every token | unit 1 of every token | ..        16 bits each
+    scale of every token, if there are scales                 bfloat16
+
+so 8 tokens of a unit are 16 bytes that begin on 16, whatever the widths. Units hold the 8-bit codes
+first, then those of 4, then those of 2 bits, earlier directions in lower bits: of `n` units of a
+width, unit i holds directions i, i + n, .. of that width.
+
+A kernel reads "wide" units, those of 8 and 4 bits, as four planes of 4 bits, the others as eight
+planes of 2 bits. The odd planes of wide units count 16 times, so that two planes of an 8-bit
+code add up to it, 16 (high - 7.5) + low - 7.5 = code - 127.5; what multiplies an odd plane of 4-bit
+codes is divided by 16. Every number of a plane is exact in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from vllm_eigen.checkpoint.codes import Code
+from vllm_eigen.kernels.gpu.tiles import padded, rank_chunks
+
+
+class CodeTile(NamedTuple):
+    """Some units as a kernel holds them; constant when it is compiled.
+
+    units: padded to a power of two. planes: 4 of wide units, 8 of those with 2-bit codes.
+    first_unit: among wide units, 0 in a tile of 2-bit codes.
+    first_plane, first_number: among those of all tiles.
+    """
+
+    units: int
+    planes: int
+    first_unit: int
+    first_plane: int
+    first_number: int
+
+
+def code_tiles(code: Code) -> tuple[CodeTile, ...]:
+    """The tiles of a code: up to two of wide units and one of 2-bit codes."""
+    eight, four, two = code_units(code)
+    tiles: list[CodeTile] = []
+    if eight + four:
+        head, tail = rank_chunks(eight + four)
+        tiles.append(CodeTile(head, 4, 0, 0, 0))
+        if tail:
+            tiles.append(CodeTile(tail, 4, head, 4, 4 * head))
+    if two:
+        planes = sum(tile.planes for tile in tiles)
+        tiles.append(CodeTile(padded(two), 8, 0, planes, padded_codes(tiles)))
+    return tuple(tiles)
+
+
+def code_units(code: Code) -> tuple[int, int, int]:
+    """Units of 8-bit, 4-bit and 2-bit codes."""
+    return code.eight // 2, code.four // 4, code.two // 8
+
+
+def padded_codes(tiles: Sequence[CodeTile]) -> int:
+    """Numbers of all planes of all tiles."""
+    return sum(tile.units * tile.planes for tile in tiles)
+
+
+def plane_order(code: Code) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the planes of all tiles stand for, plane after plane, `padded_codes` of them.
+
+    Returns:
+        int64 directions, 0 where there is none, and float32 factors, 0 where there is none.
+    """
+    eight, four, two = code_units(code)
+    directions, factors = [], []
+    for units, planes, first, *_ in code_tiles(code):
+        unit = first + torch.arange(units)
+        for plane in range(planes):
+            if planes == 4:
+                is_eight = unit < eight
+                direction = torch.where(
+                    is_eight, unit + plane // 2 * eight, eight + unit + plane * four
+                )
+                factor = torch.where(is_eight, 1.0, 16.0 ** -(plane % 2))
+                exists = unit < eight + four
+            else:
+                direction = 2 * eight + 4 * four + unit + plane * two
+                factor = torch.ones(units)
+                exists = unit < two
+            directions.append(torch.where(exists, direction, 0))
+            factors.append(torch.where(exists, factor, 0.0))
+    return torch.cat(directions), torch.cat(factors)

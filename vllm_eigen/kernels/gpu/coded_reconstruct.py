@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,assignment,var-annotated"
+"""Rotary keys reconstructed from planes of codes on a GPU; `reconstruct.py` for coded blocks.
+
+A basis has a row for each number of each plane, divided by what the plane counts too much, so that
+the planes' products add up to the latents' product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import triton
+import triton.language as tl
+
+from vllm_eigen.checkpoint.codes import Code
+from vllm_eigen.kernels.gpu.code_layout import plane_order
+from vllm_eigen.kernels.gpu.codes import plane_of
+from vllm_eigen.kernels.gpu.reconstruct import PackedReconstruction
+
+PAIRS = tl.constexpr(32)
+"""RoPE pairs that are reconstructed at once: all of them would not fit the registers."""
+
+
+def by_planes(packed: PackedReconstruction, code: Code) -> PackedReconstruction:
+    """The basis with a row `[2 * half + rest]` for each number of `code_tiles`."""
+    directions, factors = (part.to(packed.basis.device) for part in plane_order(code))
+    rows = packed.basis[:, directions].float() * factors[:, None]
+    return replace(packed, basis=rows.to(packed.basis.dtype).contiguous())
+
+
+@triton.jit
+def load_basis_columns(
+    basis,
+    offset,
+    head,
+    tiles: tl.constexpr,
+    first: tl.constexpr,
+    columns: tl.constexpr,
+    width: tl.constexpr,
+):
+    """Columns from `first` on of the head's basis of `width` columns.
+
+    Returns `[tile.units, columns]` of each plane of each tile, and the offset `[1, columns]`, 0
+    where there is none.
+    """
+    last: tl.constexpr = len(tiles) - 1
+    numbers: tl.constexpr = tiles[last][4] + tiles[last][0] * tiles[last][1]
+    column = first + tl.arange(0, columns)[None, :]
+    basis += head.to(tl.int64) * (numbers * width)
+    loaded = ()
+    for t in tl.static_range(len(tiles)):
+        for plane in tl.static_range(tiles[t][1]):
+            row = tiles[t][4] + plane * tiles[t][0] + tl.arange(0, tiles[t][0])
+            loaded = loaded + (tl.load(basis + row[:, None] * width + column),)
+    added = 0.0
+    if offset is not None:
+        added = tl.load(offset + head * width + column)
+    return loaded, added
+
+
+@triton.jit
+def reconstruct_columns(
+    units,
+    basis,
+    offset,
+    key_scale,
+    tiles: tl.constexpr,
+    scaled: tl.constexpr,
+    has_offset: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Columns of keys, float32 `[BLOCK_N, columns]`, before they are rotated.
+
+    units from `load_keys`, basis and offset from `load_basis_columns`, key_scale `[BLOCK_N]`.
+    """
+    keys = tl.zeros([units[0].shape[0], basis[0].shape[1]], tl.float32)
+    for t in tl.static_range(len(tiles)):
+        for plane in tl.static_range(tiles[t][1]):
+            rows = basis[tiles[t][3] + plane]
+            numbers = plane_of(units[t], plane, tiles[t][1], rows.dtype)
+            keys = tl.dot(numbers, rows, keys, input_precision=precision)
+    if scaled:
+        keys *= key_scale[:, None]
+    if has_offset:
+        keys += offset
+    return keys

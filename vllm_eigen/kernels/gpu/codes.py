@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,assignment,var-annotated"
+"""Codes on a GPU: tiles of a block, their planes in registers, and the numbers that meet them.
+
+`code_layout.py` has the order and the words. `tiles` are `CodeTile`s throughout; eight, four and
+two count the units of each width, so that one compiled kernel serves layers of other widths.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(16)
+"""Tokens that are loaded together: never of two blocks."""
+
+
+@triton.jit
+def tile_units(tile: tl.constexpr, eight, four, two):
+    """Units `[tile.units]` of a tile among all of a token's, and which of them exist."""
+    unit = tile[2] + tl.arange(0, tile[0])
+    exists = unit < eight + four
+    if tile[1] == 8:
+        exists = unit < two
+        unit += eight + four
+    return unit, exists
+
+
+@triton.jit
+def plane_directions(tile: tl.constexpr, plane: tl.constexpr, eight, four, two):
+    """Directions `[tile.units]` of a plane, which exist, and how often it counts too much.
+
+    An odd plane of 8-bit codes has the directions of the plane before it.
+    """
+    unit = tile[2] + tl.arange(0, tile[0])
+    if tile[1] == 4:
+        is_eight = unit < eight
+        direction = tl.where(is_eight, unit + plane // 2 * eight, eight + unit + plane * four)
+        exists = unit < eight + four
+        factor = tl.where(is_eight, 1.0, 1.0 / 16 ** (plane % 2))
+    else:
+        direction = 2 * eight + 4 * four + unit + plane * two
+        exists = unit < two
+        factor = tl.full([tile[0]], 1.0, tl.float32)
+    return direction, exists, factor
+
+
+@triton.jit
+def load_keys(codes, at, valid, eight, four, two, tiles: tl.constexpr, stride: tl.constexpr):
+    """Units `[BLOCK_N, tile.units]` of each tile, as products with queries take them.
+
+    codes: uint16 pointer to the head's first unit in block 0. at `[BLOCK_N]`: of the tokens in a
+    unit; stride: from unit to unit. valid is that of whole groups of tokens: units of tokens that
+    are not there are read, and hold some code.
+    """
+    loaded = ()
+    for t in tl.static_range(len(tiles)):
+        unit, exists = tile_units(tiles[t], eight, four, two)
+        places = codes + at[:, None] + (unit * stride)[None, :]
+        loaded = loaded + (tl.load(places, mask=valid[:, None] & exists[None, :], other=0),)
+    return loaded
+
+
+@triton.jit
+def load_values(codes, at, valid, eight, four, two, tiles: tl.constexpr, stride: tl.constexpr):
+    """As `load_keys`, `[tile.units, BLOCK_N]`, as products with probabilities take them."""
+    loaded = ()
+    for t in tl.static_range(len(tiles)):
+        unit, exists = tile_units(tiles[t], eight, four, two)
+        places = codes + at[None, :] + (unit * stride)[:, None]
+        loaded = loaded + (tl.load(places, mask=valid[None, :] & exists[:, None], other=0),)
+    return loaded
+
+
+@triton.jit
+def plane_of(units, plane: tl.constexpr, planes: tl.constexpr, dtype: tl.constexpr):
+    """Codes of a plane less their middle, exactly; 16 times that in odd planes of wide units."""
+    is_wide: tl.constexpr = planes == 4
+    shift: tl.constexpr = 8 * (plane // 2) if is_wide else 2 * plane
+    mask: tl.constexpr = 15 << 4 * (plane % 2) if is_wide else 3
+    middle: tl.constexpr = 7.5 * 16 ** (plane % 2) if is_wide else 1.5
+    # 2^22 + code as the bits of a float32, whose last bit counts one half there.
+    number = (((units.to(tl.int32) >> shift) & mask) << 1) | 0x4A800000
+    return (number.to(tl.float32, bitcast=True) - (4194304.0 + middle)).to(dtype)
+
+
+@triton.jit
+def load_query_planes(query_row, valid, eight, four, two, tiles: tl.constexpr):
+    """What planes of keys are multiplied by: `[BLOCK_M, tile.units]` of each plane of each tile.
+
+    query_row `[BLOCK_M, 1]`: pointers to queries `[rank_k]`; valid `[BLOCK_M, 1]`.
+    """
+    loaded = ()
+    for t in tl.static_range(len(tiles)):
+        for plane in tl.static_range(tiles[t][1]):
+            direction, exists, factor = plane_directions(tiles[t], plane, eight, four, two)
+            some = tl.load(query_row + direction[None, :], mask=valid & exists[None, :], other=0.0)
+            loaded = loaded + ((some.to(tl.float32) * factor[None, :]).to(some.dtype),)
+    return loaded
+
+
+@triton.jit
+def zero_planes(tiles: tl.constexpr, BLOCK_M: tl.constexpr, swap_ab: tl.constexpr):
+    """Sums over each plane of each tile, `[BLOCK_M, tile.units]`, or transposed."""
+    sums = ()
+    for t in tl.static_range(len(tiles)):
+        for _ in tl.static_range(tiles[t][1]):
+            if swap_ab:
+                sums = sums + (tl.zeros([tiles[t][0], BLOCK_M], tl.float32),)
+            else:
+                sums = sums + (tl.zeros([BLOCK_M, tiles[t][0]], tl.float32),)
+    return sums
+
+
+@triton.jit
+def store_planes(target, sums, factor, valid, eight, four, two, tiles: tl.constexpr):
+    """Latents from sums over planes, times a factor of each row.
+
+    target `[BLOCK_M, 1]`: pointers to rows `[rank_v]`; sums: `[BLOCK_M, tile.units]` of each plane
+    of each tile; factor, valid `[BLOCK_M, 1]`.
+    """
+    element: tl.constexpr = target.dtype.element_ty
+    for t in tl.static_range(len(tiles)):
+        unit, _ = tile_units(tiles[t], eight, four, two)
+        for plane in tl.static_range(tiles[t][1]):
+            direction, stored, divided = plane_directions(tiles[t], plane, eight, four, two)
+            some = sums[tiles[t][3] + plane] * divided[None, :]
+            if tiles[t][1] == 4:
+                if plane % 2 == 0:
+                    high = sums[tiles[t][3] + plane + 1]
+                    some += tl.where((unit < eight)[None, :], high, 0.0)
+                else:
+                    stored &= unit >= eight
+            tl.store(
+                target + direction[None, :],
+                (some * factor).to(element),
+                mask=valid & stored[None, :],
+            )

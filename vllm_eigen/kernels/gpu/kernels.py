@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for CUDA GPUs: attention that reads the latents once.
+
+Blocks of the KV cache are token-major ("diffkv"), as in `reference.py` and vLLM's own kernels, and
+where they hold codes in rows of units (`code_layout.py`).
+Which kernel serves a sequence depends on that sequence alone: short runs of queries go to the
+decode kernel (splits of a fixed number of keys), long ones to the prefill kernel, in one mixed
+batch. No call waits for the device, and every size comes from shapes, so a step can be captured in
+a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+from vllm_eigen.common.errors import KernelError
+from vllm_eigen.kernels.gpu.attention import paged_attention_kernel
+from vllm_eigen.kernels.gpu.checks import check_layer, check_step
+from vllm_eigen.kernels.gpu.code_layout import code_tiles, padded_codes
+from vllm_eigen.kernels.gpu.coded_layer import CodedGpuLayer
+from vllm_eigen.kernels.gpu.coded_reconstruct import by_planes
+from vllm_eigen.kernels.gpu.layer import GpuLayer
+from vllm_eigen.kernels.gpu.plan import GpuPlan
+from vllm_eigen.kernels.gpu.reconstruct import PackedRotary, pack, pack_rotary
+from vllm_eigen.kernels.gpu.tiles import (
+    HOPPER_SHARED_BYTES,
+    Shape,
+    Tuning,
+    fit,
+    fit_decode,
+    padded_pairs,
+    rank_chunks,
+)
+from vllm_eigen.kernels.gpu.workspace import Workspace
+from vllm_eigen.kernels.interface import LayerSpec, Limits, PlanGeometry, PreparedLayer, Step
+from vllm_eigen.kernels.rope import RotaryTable
+
+MAX_SPLITS = 128
+"""Splits of a sequence at most; longer block tables take larger splits."""
+
+_INTERPRETED = not isinstance(paged_attention_kernel, triton.runtime.JITFunction)
+
+
+class GpuKernels:
+    """See `interface.Kernels`.
+
+    Raises:
+        KernelError: there is no CUDA device and Triton does not interpret.
+    """
+
+    name = "gpu"
+    supports_graphs = True
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        if not (_INTERPRETED or torch.cuda.is_available()):
+            raise KernelError(
+                "the gpu kernels need a CUDA device (or TRITON_INTERPRET=1 to check them slowly on"
+                " the CPU); choose EIGEN_KERNELS=cpu or reference"
+            )
+        self.tuning = tuning or Tuning()
+        self.workspace = Workspace()
+        self._shared_bytes = HOPPER_SHARED_BYTES
+        if torch.cuda.is_available():
+            device: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+            self._shared_bytes = device.shared_memory_per_block_optin
+        self._rotary: dict[RotaryTable, PackedRotary] = {}
+
+    def prepare(self, layer: LayerSpec) -> GpuLayer:
+        """See `interface.Kernels.prepare`."""
+        check_layer(layer)
+        packed = None
+        if (reconstruction := layer.reconstruction) is not None:
+            rotary = reconstruction.rotary
+            if rotary not in self._rotary:
+                self._rotary[rotary] = pack_rotary(rotary)
+            packed = pack(reconstruction, self._rotary[rotary], layer.dtype)
+        shape = _shape(layer)
+        if packed is not None and layer.key_code:
+            packed = by_planes(packed, layer.key_code)
+        decode, decode_heads = fit_decode(self.tuning, shape, self._shared_bytes)
+        kind = CodedGpuLayer if layer.is_coded else GpuLayer
+        return kind(
+            spec=layer,
+            shape=shape,
+            tuning=self.tuning,
+            decode=decode,
+            decode_heads=decode_heads,
+            prefill=fit(
+                self.tuning.prefill, shape.heads_per_reconstructed, shape, self._shared_bytes
+            ),
+            packed=packed,
+            workspace=self.workspace,
+        )
+
+    def reserve(self, limits: Limits, layers: Sequence[PreparedLayer]) -> None:
+        """See `interface.Kernels.reserve`."""
+        for layer in layers:
+            if isinstance(layer, GpuLayer):
+                layer.reserve(limits, self._split_size(limits.max_seq_len))
+
+    def plan(self, step: Step, geometry: PlanGeometry) -> GpuPlan:
+        """See `interface.Kernels.plan`. Reads shapes and the host's bounds, not the device."""
+        check_step(step)
+        width = step.block_table.shape[1] * geometry.block_size
+        return GpuPlan(
+            step,
+            geometry,
+            max_query_len=min(step.num_actual_tokens, step.max_query_len or step.num_actual_tokens),
+            max_seq_len=min(width, step.max_seq_len or width),
+            split_size=self._split_size(width),
+        )
+
+    def _split_size(self, width: int) -> int:
+        """Keys of a split, a multiple of every tile. It depends on the width of the block table in
+        tokens, which an engine never changes: a sequence's arithmetic does not know its batch."""
+        needed: int = triton.next_power_of_2(triton.cdiv(width, MAX_SPLITS))
+        tuning = self.tuning
+        tiles = (
+            *(tuning.decode, tuning.decode_reconstruct),
+            *(tuning.decode_coded, tuning.decode_coded_reconstruct),
+        )
+        return max(self.tuning.decode_split, needed, *(tile.block_n for tile in tiles))
+
+
+def _shape(layer: LayerSpec) -> Shape:
+    """Head counts, ranks and element sizes of a layer."""
+    columns = 0
+    if layer.reconstruction is not None:
+        pairs, unrotated = padded_pairs(layer.reconstruction)
+        columns = 2 * pairs + unrotated
+    if layer.key_code and layer.value_code:
+        key_tiles, value_tiles = code_tiles(layer.key_code), code_tiles(layer.value_code)
+        numbers = padded_codes(key_tiles), padded_codes(value_tiles)
+        cached_bytes = sum(2 * tile.units for tile in (*key_tiles, *value_tiles))
+        # Planes are multiplied one after the other.
+        widest = max(tile.units for tile in (*key_tiles, *value_tiles))
+        operands = 4 * widest
+    else:
+        numbers = sum(rank_chunks(layer.rank_k)), sum(rank_chunks(layer.rank_v))
+        cached_bytes = sum(numbers) * layer.cache_dtype.itemsize
+        widest = max(numbers)
+        is_operand = layer.cache_dtype == layer.dtype and layer.dtype.itemsize < 4
+        operands = 0 if is_operand else sum(numbers)
+    return Shape(
+        num_heads=layer.num_heads,
+        heads_per_latent=layer.num_heads // layer.num_kv_heads,
+        heads_per_reconstructed=layer.num_heads // layer.num_key_heads,
+        rank_k=layer.rank_k,
+        rank_v=layer.rank_v,
+        numbers_k=numbers[0],
+        numbers_v=numbers[1],
+        cached_bytes=cached_bytes,
+        is_coded=layer.is_coded,
+        operands=operands,
+        columns=columns,
+        widest=max(widest, columns),
+        element_size=layer.dtype.itemsize,
+    )

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
+"""Reconstructed rotary keys on a GPU: the packed basis of a layer, and the scores of one tile.
+
+The basis is stored with the two dimensions of each RoPE pair side by side, whatever the model's
+style, and the unrotated dimensions last: one matrix product reconstructs a tile, and each thread
+then holds both coordinates of a pair. Where the rotary table rotates every pair by a constant angle
+a position, position p = p0 + i splits into a tile's start p0 and an offset i:
+q . R(p0 + i) k = (R(-p0) q) . (R(i) k). The query is rotated once a tile, the keys by a table that
+all tiles share, and no cosine is read for each cached token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_eigen.kernels.gpu.tiles import MAX_BLOCK_N, MIN_DOT, padded, padded_pairs, rank_chunks
+from vllm_eigen.kernels.interface import KeyReconstruction
+from vllm_eigen.kernels.rope import RotaryTable
+
+TILE_START_STEP = MIN_DOT
+"""Positions between two rows of the table of tile starts; divides every tile's size."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRotary:
+    """A `RotaryTable` as the kernel reads it; layers that rotate alike share one.
+
+    in_tile: float32 `[MAX_BLOCK_N, 2 * half]`, cosines and sines of the first positions.
+    tile_start: float32 `[.., 2 * half]`, those of every TILE_START_STEP-th position. Both are None
+        where some pair does not rotate by a constant angle a position.
+    """
+
+    table: RotaryTable
+    in_tile: torch.Tensor | None
+    tile_start: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class PackedReconstruction:
+    """A `KeyReconstruction` as the kernel reads it; built once, outside of any CUDA graph.
+
+    basis: `[num_reconstructed_heads, head + tail chunk of rank_k, 2 * half + rest]`, zero padded,
+        in the query's dtype; offset: float32 `[num_reconstructed_heads, 2 * half + rest]`, or None.
+    half, rest: the number of RoPE pairs and of unrotated dimensions (0: none), both padded.
+    """
+
+    basis: torch.Tensor
+    offset: torch.Tensor | None
+    half: int
+    rest: int
+    rotary: PackedRotary
+
+
+def pack_rotary(rotary: RotaryTable) -> PackedRotary:
+    """Pack a table; waits for the device."""
+    table = rotary.cos_sin.contiguous()
+    in_tile = tile_start = None
+    frequencies = rotary.frequencies
+    if frequencies and None not in frequencies:
+        half, pairs = max(MIN_DOT, padded(table.shape[1] // 2)), table.shape[1] // 2
+        gain = table[0, 0]
+        # Angles must be 0 at position 0, or those of start and offset would not add up.
+        if bool((table[0, :pairs] == gain).all()) and not bool(table[0, pairs:].any()):
+            in_tile = _pad_table(table[:MAX_BLOCK_N] / gain, MAX_BLOCK_N, half)
+            rows = -(-table.shape[0] // TILE_START_STEP)
+            tile_start = _pad_table(table[::TILE_START_STEP], rows, half)
+    return PackedRotary(replace(rotary, cos_sin=table), in_tile, tile_start)
+
+
+def pack(
+    reconstruction: KeyReconstruction, rotary: PackedRotary, dtype: torch.dtype
+) -> PackedReconstruction:
+    """Pack a basis for queries of `dtype`."""
+    basis, rotary_dim = reconstruction.key_basis, rotary.table.rotary_dim
+    heads, rank_k, head_size = basis.shape
+    half, rest = padded_pairs(reconstruction)
+    dims = torch.arange(rotary_dim, device=basis.device)
+    dims = dims.view(2, -1) if rotary.table.is_neox_style else dims.view(-1, 2).t()
+
+    def columns(full: torch.Tensor) -> torch.Tensor:
+        """`[.., head_size]` -> `[.., 2 * half + rest]`: pairs x0 y0 x1 y1 .., then unrotated."""
+        packed = full.new_zeros(*full.shape[:-1], 2 * half + rest)
+        packed[..., 0:rotary_dim:2] = full[..., dims[0]]
+        packed[..., 1:rotary_dim:2] = full[..., dims[1]]
+        packed[..., 2 * half : 2 * half + head_size - rotary_dim] = full[..., rotary_dim:]
+        return packed
+
+    rows = basis.new_zeros(heads, sum(rank_chunks(rank_k)), head_size, dtype=dtype)
+    rows[:, :rank_k] = basis
+    offset = reconstruction.key_offset
+    return PackedReconstruction(
+        basis=columns(rows),
+        offset=None if offset is None else columns(offset.float()),
+        half=half,
+        rest=rest,
+        rotary=rotary,
+    )
+
+
+def _pad_table(table: torch.Tensor, rows: int, half: int) -> torch.Tensor:
+    """`[positions, 2 * pairs]` -> `[rows, 2 * half]`, cosines and sines each zero padded."""
+    count, pairs = table.shape[0], table.shape[1] // 2
+    target = table.new_zeros(rows, 2, half)
+    target[:count, :, :pairs] = table.view(count, 2, pairs)
+    return target.view(rows, 2 * half)
+
+
+@triton.jit
+def load_basis(
+    basis,
+    offset,
+    head,
+    rank_head: tl.constexpr,
+    rank_tail: tl.constexpr,
+    half: tl.constexpr,
+    rest: tl.constexpr,
+):
+    """Head `head` of the packed basis: chunks of the rank, rotary and unrotated columns.
+
+    Returns (rotary `[rank_head, 2 * half]`, the tail's, unrotated `[rank_head, rest]`, the tail's,
+    rotary offset `[1, 2 * half]`, unrotated offset `[1, rest]`); what a layer lacks is a
+    placeholder that is not read.
+    """
+    width: tl.constexpr = 2 * half + rest
+    rotary_at = tl.arange(0, 2 * half)[None, :]
+    basis += head * ((rank_head + rank_tail) * width)
+    rows = basis + tl.arange(0, rank_head)[:, None] * width
+    rotary = tl.load(rows + rotary_at)
+    rotary_tail, unrotated_basis, unrotated_tail = rotary, rotary, rotary
+    if rank_tail > 0:
+        tail_rows = basis + (rank_head + tl.arange(0, rank_tail)[:, None]) * width
+        rotary_tail = tl.load(tail_rows + rotary_at)
+    if rest > 0:
+        unrotated_at = 2 * half + tl.arange(0, rest)[None, :]
+        unrotated_basis = tl.load(rows + unrotated_at)
+        if rank_tail > 0:
+            unrotated_tail = tl.load(tail_rows + unrotated_at)
+    rotary_offset, unrotated_offset = rotary, rotary
+    if offset is not None:
+        rotary_offset = tl.load(offset + head * width + rotary_at)
+        if rest > 0:
+            unrotated_offset = tl.load(offset + head * width + unrotated_at)
+    return rotary, rotary_tail, unrotated_basis, unrotated_tail, rotary_offset, unrotated_offset
+
+
+@triton.jit
+def rotate(pairs, cos, sin):
+    """Rotate `[rows, 2 * half]`, pairs side by side, by cos and sin `[rows or 1, half]`."""
+    rows: tl.constexpr = pairs.shape[0]
+    half: tl.constexpr = pairs.shape[1] // 2
+    x, y = tl.split(tl.reshape(pairs, [rows, half, 2]))
+    rotated = tl.join(x * cos - y * sin, y * cos + x * sin)
+    return tl.reshape(rotated, [rows, 2 * half])
+
+
+@triton.jit
+def add_scores(scores, query, keys, swap_ab: tl.constexpr, precision: tl.constexpr):
+    """scores + query @ keys^T `[BLOCK_M, BLOCK_N]`, or with `swap_ab` its transpose.
+
+    With swap_ab the many keys, not the few queries, fill the rows of the matrix unit, and keys just
+    computed are its left operand where they lie, in registers.
+    """
+    keys = keys.to(query.dtype)
+    if swap_ab:
+        scores = tl.dot(keys, tl.trans(query), scores, input_precision=precision)
+    else:
+        scores = tl.dot(query, tl.trans(keys), scores, input_precision=precision)
+    return scores
+
+
+@triton.jit
+def add_reconstructed_scores(
+    scores,
+    q_rotary,
+    q_pass,
+    keys,
+    keys_tail,
+    basis_tiles,
+    cos,
+    sin,
+    k_scale,
+    has_tail: tl.constexpr,
+    has_rest: tl.constexpr,
+    has_offset: tl.constexpr,
+    is_fp8: tl.constexpr,
+    swap_ab: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Add the raw scores of one reconstructed head, as `add_scores` does.
+
+    q_rotary `[BLOCK_M, 2 * half]`, q_pass `[BLOCK_M, rest]`; keys and keys_tail, latents by
+    chunks of the rank; basis_tiles from `load_basis`; cos, sin `[BLOCK_N, half]`.
+    """
+    rotary, rotary_tail, unrotated_basis, unrotated_tail, rotary_offset, unrotated_offset = (
+        basis_tiles
+    )
+    reconstructed = _reconstruct_columns(
+        keys,
+        keys_tail,
+        rotary,
+        rotary_tail,
+        rotary_offset,
+        k_scale,
+        has_tail,
+        has_offset,
+        is_fp8,
+        precision,
+    )
+    scores = add_scores(scores, q_rotary, rotate(reconstructed, cos, sin), swap_ab, precision)
+    if has_rest:
+        unrotated = _reconstruct_columns(
+            keys,
+            keys_tail,
+            unrotated_basis,
+            unrotated_tail,
+            unrotated_offset,
+            k_scale,
+            has_tail,
+            has_offset,
+            is_fp8,
+            precision,
+        )
+        scores = add_scores(scores, q_pass, unrotated, swap_ab, precision)
+    return scores
+
+
+@triton.jit
+def _reconstruct_columns(
+    keys,
+    keys_tail,
+    basis,
+    basis_tail,
+    offset,
+    k_scale,
+    has_tail: tl.constexpr,
+    has_offset: tl.constexpr,
+    is_fp8: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """Latents `[BLOCK_N, rank]` times basis columns `[rank, n]`, unquantised, plus the offset."""
+    product = tl.dot(keys, basis, input_precision=precision)
+    if has_tail:
+        product = tl.dot(keys_tail, basis_tail, product, input_precision=precision)
+    if is_fp8:
+        product *= k_scale
+    if has_offset:
+        product += offset
+    return product

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the vLLM plugin: registers our architectures and our attention backend.
+
+vLLM calls `register` in every process it starts, possibly more than once; it only writes names
+into vLLM's tables and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from vllm_eigen.checkpoint.families import FAMILIES
+from vllm_eigen.common.errors import EngineError
+from vllm_eigen.plugin.vllm_version import check_vllm_version
+
+
+def register() -> None:
+    """Make vLLM know every Eigen architecture and the Eigen attention backend.
+
+    On an unsupported vLLM it logs one line and registers nothing, so that other models still run.
+    """
+    from vllm.logger import init_logger
+
+    try:
+        check_vllm_version()
+    except EngineError as error:
+        init_logger("vllm_eigen").error("vllm-eigen is switched off: %s", error)
+        return
+
+    from vllm import ModelRegistry
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, "vllm_eigen.plugin.backend.EigenAttentionBackend")
+    # vLLM dropped MPT; without it there would be no base model to compare with.
+    for name in ("MptForCausalLM", "MPTForCausalLM"):
+        ModelRegistry.register_model(name, "vllm_eigen.plugin.mpt:MPTForCausalLM")
+    for family in FAMILIES:
+        name = family.eigen_architecture
+        ModelRegistry.register_model(name, f"vllm_eigen.plugin.models:{name}")
