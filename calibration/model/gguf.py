@@ -105,4 +105,18 @@ def _read(file: Path) -> tuple[Any, Any]:
     model.config._name_or_path = ""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return AutoTokenizer.from_pretrained(file.parent, **where), model
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    if (adds := _adds_bos(file)) is not None:
+        tokenizer.add_bos_token = adds
+    return tokenizer, model
+
+
+def _adds_bos(file: Path) -> bool | None:
+    """Whether texts begin with the beginning-of-text token; None where the file does not say.
+
+    transformers does not read this field.
+    """
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
+    return None if field is None else bool(field.contents())

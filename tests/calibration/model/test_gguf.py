@@ -52,6 +52,7 @@ def file(model: Any, tmp_path: Path) -> Path:
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(config.vocab_size - 2)
     writer.add_eos_token_id(config.vocab_size - 1)
+    writer.add_add_bos_token(True)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     for name, tensor in model.state_dict().items():
         if (stored := _stored(name)) is not None:
@@ -101,6 +102,7 @@ def test_weights_tokens_and_template_are_kept(file: Path, model: Any) -> None:
     alphabet = _alphabet()
     found = tokenizer("abxa", add_special_tokens=False)["input_ids"]
     assert found == [len(alphabet), alphabet.index("x"), alphabet.index("a")]
+    assert tokenizer("x")["input_ids"] == [len(alphabet) + 1, alphabet.index("x")]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
 
 
