@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-bits",
-        type=int,
-        choices=(8, 4, 3),
-        help="bits of coded latents instead, at full rank",
+        type=float,
+        metavar="B",
+        help="the same as bits of a cached number, of coded latents, as `calibrate --kv-bits`",
     )
     parser.add_argument(
         "--kv-cache-dtype", default="auto", metavar="TYPE", help="element type, e.g. fp8"

@@ -7,12 +7,13 @@ engine's pool does.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_eigen.checkpoint.codes import Code
+from vllm_eigen.checkpoint.codes import SCALE_BYTES, Code
 from vllm_eigen.checkpoint.config import (
     FORMAT_VERSION,
     EigenConfig,
@@ -28,6 +29,11 @@ from vllm_eigen.common.errors import UnsupportedModelError, UsageError
 
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 """By type name; every fp8 variant (fp8_e4m3, fp8_e5m2) takes one byte."""
+FULL_BITS = 16
+"""Bits of a number of the uncompressed cache."""
+_NAMES = ((8, "eight"), (4, "four"), (2, "two"), (0, ""))
+_STEP = 16
+"""Directions of one width come in multiples that fill units of every width."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def estimate(
     memory: int,
     *,
     kv_ratio: float | None = None,
-    kv_bits: int | None = None,
+    kv_bits: float | None = None,
     kv_cache_dtype: str = "auto",
     max_model_len: int | None = None,
     block_size: int = 16,
@@ -79,8 +85,9 @@ def estimate(
         memory: bytes for weights and KV cache together.
         kv_ratio: KV size to compress to, relative to the base model at its own type; an Eigen
             model has its own.
-        kv_bits: code the latents at full rank with so many bits instead, 8, 4 or 3 (half of the
-            directions 4, half 2), and a token scale of the values.
+        kv_bits: bytes of coded latents instead, in bits a number of the base model's cache, token
+            scales included: half for keys and half for values, the same widths in every layer.
+            `calibrate --kv-bits` spends as much, over layers and directions as it pays.
         kv_cache_dtype: element type of the compressed cache; the model's own by default. The
             uncompressed cache is counted at the model's type. Coded latents allow no other.
         max_model_len: tokens of a full sequence; the model's maximum by default.
@@ -184,7 +191,7 @@ def _eigen_config(
     geometry: Geometry,
     compressed_layers: tuple[int, ...],
     kv_ratio: float | None,
-    kv_bits: int | None,
+    kv_bits: float | None,
 ) -> EigenConfig:
     """The checkpoint's own, or the same ranks or codes in every layer as asked for."""
     if "eigen" in config:
@@ -214,18 +221,36 @@ def _eigen_config(
     )
 
 
-def _coded_layer(head_size: int, bits: int) -> LayerRanks:
-    """A layer at full rank whose latents have so many bits."""
-    half = head_size // 2
-    counts = {8: {"eight": head_size}, 4: {"four": head_size}, 3: {"four": half, "two": half}}
+def _coded_layer(head_size: int, bits: float) -> LayerRanks:
+    """A layer whose latents take so many bits a number of the uncompressed head, or a little less.
+
+    Raises:
+        UsageError: no code is that small or large, or fits the head size.
+    """
+    half = int(bits * head_size) // 8
     try:
-        key = Code(**counts[bits])
-    except (KeyError, ValueError) as error:
+        if bits > FULL_BITS:
+            raise ValueError
+        key = Code(**_counts(head_size, half))
+        value = Code(**_counts(head_size, half - SCALE_BYTES), token_scale=True)
+        if value.rank < head_size:
+            raise ValueError
+    except ValueError as error:
         raise UsageError(
-            f"--kv-bits {bits} does not fit heads of {head_size}; give 8, 4 or 3"
+            f"--kv-bits {bits:g} does not fit heads of {head_size}; they are a multiple of "
+            f"{_STEP}, and bits lie between 2.5 and {FULL_BITS}"
         ) from error
-    value = key.model_copy(update={"token_scale": True})
-    return LayerRanks(rank_k=head_size, rank_v=head_size, key_code=key, value_code=value)
+    return LayerRanks(rank_k=key.rank, rank_v=value.rank, key_code=key, value_code=value)
+
+
+def _counts(head_size: int, num_bytes: int) -> dict[str, int]:
+    """Directions of two neighbouring widths that fill the bytes."""
+    for (high, name), (low, lower) in itertools.pairwise(_NAMES):
+        if (left := 8 * num_bytes - low * head_size) >= 0:
+            count = min(head_size, left // (high - low)) // _STEP * _STEP
+            rest = {lower: head_size - count} if low else {}
+            return {name: count, **rest}
+    raise ValueError
 
 
 def _plain_layers(head_size: int, count: int, ratio: float) -> list[LayerRanks]:

@@ -60,10 +60,10 @@ def test_layers_with_windows_are_kept() -> None:
     found = estimate(GEMMA_270M, memory, kv_bits=4, block_size=128)
     windows = 5 * (-(-(511 + 2048) // 128) + 1)
     base = 32768 // 128 + windows
-    # 4 bits and a scale of 2 bytes take 258 of 1,024 bytes: 480 tokens in the page of 128.
-    coded = -(-32768 // 480) + windows
+    # 254 of 1,024 bytes, in multiples of 16 directions: 512 tokens in the page of 128.
+    coded = -(-32768 // 512) + windows
     assert found.kept_layers == 15
-    assert found.kv_ratio == 258 / 1024
+    assert found.kv_ratio == 254 / 1024
     assert found.pool_ratio == coded / base
     blocks = found.uncompressed.pool_bytes // (3 * 128 * 1024)
     assert found.uncompressed.tokens == int(blocks / base * 32768)
@@ -113,12 +113,19 @@ def test_codes_have_bytes_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "head_bytes"), [(8, 128 + 130), (4, 64 + 66), (3, 32 + 16 + 32 + 16 + 2)]
+    ("bits", "head_bytes"),
+    [
+        (9, 128 + 130),
+        (8, 128 + 120 + 2),
+        (4, 64 + 60 + 2),
+        (3, 48 + 44 + 2),
+    ],
 )
-def test_bits_of_a_base_model(bits: int, head_bytes: int) -> None:
+def test_bits_of_a_base_model(bits: float, head_bytes: int) -> None:
     found = estimate(LLAMA_8B, 80 << 30, kv_bits=bits)
     assert found.compressed.bytes_per_token == 32 * 8 * head_bytes
     assert found.kv_ratio == head_bytes / 512
+    assert found.kv_ratio <= bits / 16
     # The bases that reconstruct keys: full rank, so nothing else changes.
     bases = 2 * 32 * 8 * 128 * 128
     assert found.compressed.weight_bytes - found.uncompressed.weight_bytes == bases
@@ -130,7 +137,9 @@ def test_bits_of_a_base_model(bits: int, head_bytes: int) -> None:
         ({}, {"kv_ratio": 0.0}, UsageError),
         ({}, {"kv_ratio": 1.5}, UsageError),
         ({}, {"kv_cache_dtype": "int3"}, UsageError),
-        ({}, {"kv_bits": 5}, UsageError),
+        ({}, {"kv_bits": 2}, UsageError),
+        ({}, {"kv_bits": 17}, UsageError),
+        ({"head_dim": 72}, {"kv_bits": 4}, UsageError),
         ({}, {"kv_bits": 4, "kv_ratio": 0.5}, UsageError),
         ({}, {"kv_bits": 4, "kv_cache_dtype": "fp8"}, UsageError),
         ({}, {"memory": 1 << 30}, UsageError),
