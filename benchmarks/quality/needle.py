@@ -70,6 +70,9 @@ def run(args: argparse.Namespace) -> int:
     check_vllm_version()
     if args.keys > len(NAMES):
         raise UsageError(f"--keys {args.keys} is out of range; it is at most {len(NAMES)}")
+    names = [path.name for path in args.eigen]
+    if len(set(names)) < len(names):
+        raise UsageError("--eigen: two checkpoints have the same folder name; rename one")
     source = open_source(args.base)
     if max(args.lengths) >= source.max_positions:
         raise UsageError(f"--lengths: {args.base} takes at most {source.max_positions} tokens")

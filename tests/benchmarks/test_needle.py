@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import small_llama
+from vllm_eigen import cli
 from vllm_eigen.benchmarks.quality.haystack import NAMES, Haystack, haystacks
 from vllm_eigen.benchmarks.quality.needle import _rows, ask
 from vllm_eigen.calibration.model.source import open_source
@@ -92,3 +93,13 @@ def test_a_text_that_is_no_text(tmp_path: Path) -> None:
     ]
     assert cli.main(command) != 0
     assert list(tmp_path.glob("r*")) == []
+
+
+def test_checkpoints_of_one_name_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [str(tmp_path / folder / "eigen") for folder in ("a", "b")]
+    text, output = str(tmp_path / "text"), str(tmp_path / "out.json")
+    options = ["--text", text, "--output-json", output]
+    assert cli.main(["bench", "needle", "--base", "base", "--eigen", *same, *options]) == 2
+    assert "same folder name" in capsys.readouterr().err

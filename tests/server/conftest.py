@@ -84,7 +84,7 @@ class Fleet:
         if self._server is None or name != self._name or self._server.process.poll() is not None:
             self.stop()
             log = self._logs / f"{name}.log"
-            server = start(
+            started = start(
                 self._model,
                 *COMMON,
                 *OPTIONS[name],
@@ -92,9 +92,9 @@ class Fleet:
                 environment=ENVIRONMENT,
                 folder=self.folder,
             )
-            self._server = self._stack.enter_context(server)
-            self._name = name
-            self._server.wait_ready(START_SECONDS)
+            server = self._stack.enter_context(started)
+            server.wait_ready(START_SECONDS)
+            self._server, self._name = server, name
         return self._server
 
     def stop(self) -> None:
