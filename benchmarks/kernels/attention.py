@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-json", type=Path, metavar="FILE", help="write results, plot, provenance"
     )
     parser.add_argument(
+        "--isa",
+        choices=("best", "avx2"),
+        default="best",
+        help="instruction set of both sides (%(default)s)",
+    )
+    parser.add_argument(
         "--seconds", type=float, default=1.2, help="measuring time per point (default 1.2)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
@@ -45,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; returns 1 if an output strays from float64."""
+    if args.isa == "avx2":
+        _limit_to_avx2()
     import torch
     from rich.console import Console
 
@@ -80,6 +89,22 @@ def run(args: argparse.Namespace) -> int:
         plot(rows, args.output_json.with_suffix(".png"))
         console.print(f"wrote {args.output_json.name}, its .png and .provenance.json")
     return 1 if strays else 0
+
+
+def _limit_to_avx2() -> None:
+    """Let this process run as on a processor without AVX-512; before torch is imported."""
+    from vllm_eigen.kernels.cpu.build import ISA_VARIABLE
+
+    os.environ |= {
+        ISA_VARIABLE: "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    }
+    import torch
+
+    # By these vLLM chooses among the libraries and kernels that it brings.
+    torch.cpu._is_avx512_supported = lambda: False
+    torch.cpu._is_amx_tile_supported = lambda: False
 
 
 def measure(kernels: Any, point: Point, seconds: float, seed: int) -> Row:
