@@ -16,7 +16,15 @@ import torch
 
 from vllm_eigen.checkpoint.config import EigenConfig, LayerRanks
 from vllm_eigen.common.errors import UsageError
-from vllm_eigen.kernels import Limits, Plan, PlanGeometry, RotaryTable, Step
+from vllm_eigen.kernels import (
+    LayerSpec,
+    Limits,
+    Plan,
+    PlanGeometry,
+    RotaryTable,
+    ScoreOptions,
+    Step,
+)
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 1100
@@ -29,12 +37,16 @@ class Kernels:
         self.name = name
         self.supports_graphs = name == "gpu"
         self.reserved: list[Any] = []
+        self.warmed_up: list[Any] = []
 
     def plan(self, step: Step, geometry: PlanGeometry) -> Plan:
         return Plan(step, geometry)
 
     def reserve(self, limits: Limits, layers: Any) -> None:
         self.reserved.append((limits, list(layers)))
+
+    def warm_up(self, limits: Limits, layers: Any, block_size: int) -> None:
+        self.warmed_up.append((limits, list(layers), block_size))
 
 
 @pytest.mark.slow
@@ -113,6 +125,25 @@ def test_the_workspace_is_allocated_in_vllms_profiling_run() -> None:
     impl.forward(None, rows, rows, rows, torch.zeros(0), None, output)
     assert kernels.reserved == [(limits, [impl._prepared])]
     assert not output.any()
+
+
+def test_a_builder_compiles_what_its_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM makes builders after the weights are loaded and before it captures graphs."""
+    from vllm_eigen.plugin import backend
+    from vllm_eigen.plugin.step_planner import StepPlanner
+
+    kernels, limits = Kernels(), Limits(256, 8192, torch.device("cpu"))
+    planner = StepPlanner(kernels, limits)  # type: ignore[arg-type]
+    specs = [LayerSpec(4, 2, r, 8, torch.float32, torch.float32, ScoreOptions(1.0)) for r in (8, 9)]
+    impls = [SimpleNamespace(prepared=SimpleNamespace(spec=s), planner=planner) for s in specs]
+    layers = [SimpleNamespace(impl=impl) for impl in impls]
+    monkeypatch.setattr(backend, "attention_layers", lambda *_: layers)
+    spec: Any = SimpleNamespace(block_size=64)
+    config: Any = SimpleNamespace()
+    backend.EigenMetadataBuilder(spec, ["a", "b"], config, torch.device("cpu"))
+    prepared = [impl.prepared for impl in impls]
+    assert kernels.reserved == [(limits, prepared)]
+    assert kernels.warmed_up == [(limits, prepared, 64)]
 
 
 def _check(

@@ -171,6 +171,14 @@ class LayerSpec:
         return int(self.reconstruction.key_basis.shape[2])
 
     @property
+    def written_sizes(self) -> tuple[int, int]:
+        """Widths of a key and a value as `PreparedLayer.write_cache` takes them."""
+        if (projection := self.down_projection) is None:
+            return self.rank_k, self.rank_v
+        value = self.rank_v if projection.value is None else projection.value.shape[1]
+        return projection.key.shape[1], value
+
+    @property
     def num_key_heads(self) -> int:
         """Heads of the keys that queries are scored against."""
         if self.reconstruction is None:
@@ -305,4 +313,9 @@ class Kernels(Protocol):
     def reserve(self, limits: Limits, layers: Sequence[PreparedLayer]) -> None:
         """Allocate what attending in these layers takes besides the cache; nothing is allocated
         by a step within the limits afterwards. A second call changes nothing."""
+        ...
+
+    def warm_up(self, limits: Limits, layers: Sequence[PreparedLayer], block_size: int) -> None:
+        """Compile all that these layers run on caches with blocks of `block_size` tokens: no step
+        compiles anything afterwards. Not during the capture of a graph."""
         ...

@@ -42,6 +42,9 @@ class ReferenceKernels:
     def reserve(self, limits: Limits, layers: Sequence[PreparedLayer]) -> None:
         """See `interface.Kernels.reserve`: these allocate as they go."""
 
+    def warm_up(self, limits: Limits, layers: Sequence[PreparedLayer], block_size: int) -> None:
+        """See `interface.Kernels.warm_up`: nothing is compiled."""
+
     def plan(self, step: Step, geometry: PlanGeometry) -> Plan:
         """Nothing is divided: sequences are computed one after the other."""
         return Plan(step, geometry)

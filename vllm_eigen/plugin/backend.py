@@ -254,7 +254,11 @@ class EigenMetadataBuilder(AttentionMetadataBuilder[EigenMetadata]):
         (self._geometry,) = geometries
         self._planner: StepPlanner = impls[0].planner
         self.supports_draft_decode_metadata_update = self._planner.kernels.supports_graphs
-        self._planner.reserve([impl.prepared for impl in impls])
+        layers = [impl.prepared for impl in impls]
+        self._planner.reserve(layers)
+        # vLLM makes builders once the weights are loaded and the block size is known, and before it
+        # captures graphs: the first place where all that is compiled is known.
+        self._planner.warm_up(layers, block_size)
 
     def build(
         self,

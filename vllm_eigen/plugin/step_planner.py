@@ -23,7 +23,8 @@ class StepPlanner:
     """Plans each step once for all layers of equal geometry. A model's layers share one planner.
 
     Args:
-        limits: of every step, for which `reserve` allocates; None allocates nothing ahead.
+        limits: of every step, for which `reserve` allocates; None allocates and compiles nothing
+            ahead.
 
     vLLM has one metadata builder for layers of equal ranks, and hands all of them the same
     `CommonAttentionMetadata` in a step, and another in the next.
@@ -39,6 +40,11 @@ class StepPlanner:
         """Allocate the kernels' workspace for these layers; see `Kernels.reserve`."""
         if self._limits is not None:
             self.kernels.reserve(self._limits, layers)
+
+    def warm_up(self, layers: Sequence[PreparedLayer], block_size: int) -> None:
+        """Compile what these layers run; see `Kernels.warm_up`."""
+        if self._limits is not None:
+            self.kernels.warm_up(self._limits, layers, block_size)
 
     def plan(self, common: CommonAttentionMetadata, geometry: PlanGeometry) -> Plan:
         """The step's plan, the one made before if this step has one for the geometry."""

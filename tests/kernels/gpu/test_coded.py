@@ -81,7 +81,7 @@ def test_codes_of_many_rows(code: Code, reconstruct: bool) -> None:
 def unpacked(part: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Codes `[tokens, rank]` and scales `[tokens]` of one head's keys or values of a block.
 
-    part: uint8, unit after unit, as `vllm_eigen.kernels.gpu.code_layout` says.
+    part: uint8, unit after unit, as `vllm_eigen.kernels.gpu.coded.layout` says.
     """
     tokens = part.shape[0] // code.num_bytes
     units = part[: tokens * code.code_bytes].view(torch.int16).view(-1, tokens).int()

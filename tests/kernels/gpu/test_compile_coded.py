@@ -87,7 +87,7 @@ def test_decode_spills_nothing(capability: int, name: str) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_decode_loads_codes_in_16_bytes(capability: int, name: str) -> None:
     """Copies of 16 bytes are those of two tiles before the loop and of one in it, no more."""
-    from vllm_eigen.kernels.gpu.code_layout import code_tiles
+    from vllm_eigen.kernels.gpu.coded.layout import code_tiles
 
     _, decode, _ = compiled(capability)[name]
     *_, key_code, value_code, _, _ = CASES[name]
@@ -114,8 +114,9 @@ def _compile_all(capability: int) -> dict[str, list[dict[str, Any]]]:
     from triton.runtime import driver
 
     from vllm_eigen.kernels import KeyReconstruction, LayerSpec, RotaryTable, ScoreOptions, Step
-    from vllm_eigen.kernels.gpu import coded_layer, layer
     from vllm_eigen.kernels.gpu import kernels as gpu
+    from vllm_eigen.kernels.gpu import layer
+    from vllm_eigen.kernels.gpu.coded import layer as coded_layer
 
     class Device:
         """As much of a driver as compiling asks for."""

@@ -33,7 +33,7 @@ from tests.kernels.gpu.moving import (
 from tests.kernels.strategies import cases
 from vllm_eigen.checkpoint.modes import KeyMode
 from vllm_eigen.common.errors import KernelError
-from vllm_eigen.kernels import LayerSpec, RotaryTable, ScoreOptions, Step
+from vllm_eigen.kernels import LayerSpec, Limits, RotaryTable, ScoreOptions, Step
 
 pytest.importorskip("triton")
 
@@ -97,6 +97,18 @@ def test_bounds_and_company_change_nothing(reconstruct: bool) -> None:
         window=100,
     )
     alone_as_in_company(case)
+
+
+@needs_kernels
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_a_warm_up_changes_nothing(reconstruct: bool) -> None:
+    """It runs every kernel, and leaves the workspace as steps expect it."""
+    case = Case(rank_k=20, rank_v=17, sequences=((140, 1), (0, 30)), reconstruct=reconstruct)
+    problem = make(case)
+    kernels = Moving(1)
+    limits = Limits(2, 256, torch.device("cuda" if HAS_GPU else "cpu"))
+    kernels.inner.warm_up(limits, [kernels.prepare(layer_of(problem)).inner], case.block_size)
+    assert torch.equal(run(kernels, problem), run(Moving(1), problem))
 
 
 @needs_kernels

@@ -90,7 +90,8 @@ def test_what_the_mode_forbids() -> None:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     """What is launched: the kernel, its grid, and the addresses of its tensors."""
-    from vllm_eigen.kernels.gpu import coded_layer, kernels, layer
+    from vllm_eigen.kernels.gpu import kernels, layer
+    from vllm_eigen.kernels.gpu.coded import layer as coded_layer
 
     recorded: list[tuple[str, tuple[Any, ...]]] = []
 

@@ -70,6 +70,9 @@ class CpuKernels:
     def reserve(self, limits: Limits, layers: Sequence[PreparedLayer]) -> None:
         """See `interface.Kernels.reserve`: these allocate as they go."""
 
+    def warm_up(self, limits: Limits, layers: Sequence[PreparedLayer], block_size: int) -> None:
+        """See `interface.Kernels.warm_up`: these were compiled when they were loaded."""
+
     def plan(self, step: Step, geometry: PlanGeometry) -> CpuPlan:
         """See `interface.Kernels.plan`."""
         starts, lengths, blocks = step.query_start_loc, step.seq_lens, step.block_table

@@ -59,17 +59,14 @@ def check_step(step: Step) -> None:
 
 def check_write(layer: LayerSpec, key: torch.Tensor, value: torch.Tensor, num_tokens: int) -> None:
     """Refuse keys and values that are not what the layer caches or down-projects."""
-    sizes = [layer.rank_k, layer.rank_v]
-    if (projection := layer.down_projection) is not None:
-        sizes[0] = projection.key.shape[1]
-        sizes[1] = layer.rank_v if projection.value is None else projection.value.shape[1]
-    for rows, size in zip((key, value), sizes, strict=True):
+    for rows, size in zip((key, value), layer.written_sizes, strict=True):
         _require(rows.shape[1:] == (layer.num_kv_heads, size), "heads and widths of key and value")
         _require(rows.shape[0] >= num_tokens, "tokens of key, value and slots")
         _require(rows.stride(2) == 1, "layout of key and value")
         is_own = layer.is_coded or layer.is_fp8
         _require(is_own or rows.dtype == layer.cache_dtype, "dtype of latents and cache")
-        _require(projection is None or rows.dtype == layer.dtype, "dtype of rows and bases")
+        is_fit = layer.down_projection is None or rows.dtype == layer.dtype
+        _require(is_fit, "dtype of rows and bases")
 
 
 def check_attend(
@@ -93,6 +90,8 @@ def typed_cache(kv_cache: torch.Tensor, layer: LayerSpec) -> torch.Tensor:
     _require(kv_cache.shape[3] == width, "widths of layer and cache")
     _require(kv_cache.stride(3) == 1 and kv_cache.stride(2) == width, "layout of the cache")
     is_e4m3 = layer.is_fp8 and layer.cache_dtype == torch.uint8
+    # The kernels are compiled for such strides, whatever lies between a head's parts of blocks.
+    _require(not any(some % 16 for some in kv_cache.stride()[:2]), "strides of the cache")
     dtype = torch.float8_e4m3fn if is_e4m3 else layer.cache_dtype
     _require(kv_cache.dtype in (dtype, torch.uint8), "dtype of layer and cache")
     _require(kv_cache.element_size() == dtype.itemsize, "element size of layer and cache")

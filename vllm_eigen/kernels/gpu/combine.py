@@ -7,8 +7,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_eigen.kernels.gpu.tile_steps import STEP_POINTERS
 
-@triton.jit(do_not_specialize=["num_slots", "num_splits", "split_size", "rank_v"])
+
+@triton.jit(
+    do_not_specialize=[
+        *("num_slots", "num_splits", "split_size", "rank_v", "v_width"),
+        *("output_stride_token", "output_stride_head"),
+    ],
+    do_not_specialize_on_alignment=STEP_POINTERS,
+)
 def combine_splits_kernel(
     output,
     partial_acc,

@@ -2,7 +2,7 @@
 """Triton kernels for CUDA GPUs: attention that reads the latents once.
 
 Blocks of the KV cache are token-major ("diffkv"), as in `reference.py` and vLLM's own kernels, and
-where they hold codes in rows of units (`code_layout.py`).
+where they hold codes in rows of units (`coded/layout.py`).
 Which kernel serves a sequence depends on that sequence alone: short runs of queries go to the
 decode kernel (splits of a fixed number of keys), long ones to the prefill kernel, in one mixed
 batch. No call waits for the device, and every size comes from shapes, so a step can be captured in
@@ -18,14 +18,14 @@ import torch
 import triton
 
 from vllm_eigen.common.errors import KernelError
-from vllm_eigen.kernels.gpu.attention import paged_attention_kernel
 from vllm_eigen.kernels.gpu.checks import check_layer, check_step
-from vllm_eigen.kernels.gpu.code_layout import code_tiles, padded_codes
-from vllm_eigen.kernels.gpu.coded_layer import CodedGpuLayer
-from vllm_eigen.kernels.gpu.coded_reconstruct import by_planes
+from vllm_eigen.kernels.gpu.coded.layer import CodedGpuLayer
+from vllm_eigen.kernels.gpu.coded.layout import code_tiles, padded_codes
+from vllm_eigen.kernels.gpu.coded.reconstruct import by_planes
 from vllm_eigen.kernels.gpu.layer import GpuLayer
+from vllm_eigen.kernels.gpu.plain.attention import paged_attention_kernel
+from vllm_eigen.kernels.gpu.plain.reconstruct import PackedRotary, pack, pack_rotary
 from vllm_eigen.kernels.gpu.plan import GpuPlan
-from vllm_eigen.kernels.gpu.reconstruct import PackedRotary, pack, pack_rotary
 from vllm_eigen.kernels.gpu.tiles import (
     HOPPER_SHARED_BYTES,
     Shape,
@@ -35,6 +35,7 @@ from vllm_eigen.kernels.gpu.tiles import (
     padded_pairs,
     rank_chunks,
 )
+from vllm_eigen.kernels.gpu.warm_up import warm_up
 from vllm_eigen.kernels.gpu.workspace import Workspace
 from vllm_eigen.kernels.interface import LayerSpec, Limits, PlanGeometry, PreparedLayer, Step
 from vllm_eigen.kernels.rope import RotaryTable
@@ -101,6 +102,12 @@ class GpuKernels:
         for layer in layers:
             if isinstance(layer, GpuLayer):
                 layer.reserve(limits, self._split_size(limits.max_seq_len))
+
+    def warm_up(self, limits: Limits, layers: Sequence[PreparedLayer], block_size: int) -> None:
+        """See `interface.Kernels.warm_up`."""
+        for layer in layers:
+            if isinstance(layer, GpuLayer):
+                warm_up(self, layer, block_size, limits.device)
 
     def plan(self, step: Step, geometry: PlanGeometry) -> GpuPlan:
         """See `interface.Kernels.plan`. Reads shapes and the host's bounds, not the device."""

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import triton
 
-from vllm_eigen.kernels.gpu.attention import paged_attention_kernel
-from vllm_eigen.kernels.gpu.cache_write import cache_write_kernel, down_project_and_write_kernel
 from vllm_eigen.kernels.gpu.checks import check_attend, check_write, typed_cache
 from vllm_eigen.kernels.gpu.combine import combine_splits_kernel
+from vllm_eigen.kernels.gpu.plain.attention import paged_attention_kernel
+from vllm_eigen.kernels.gpu.plain.reconstruct import TILE_START_STEP, PackedReconstruction
+from vllm_eigen.kernels.gpu.plain.write import cache_write_kernel, down_project_and_write_kernel
 from vllm_eigen.kernels.gpu.plan import GpuPlan
-from vllm_eigen.kernels.gpu.reconstruct import TILE_START_STEP, PackedReconstruction
 from vllm_eigen.kernels.gpu.tiles import MIN_DOT, Shape, Tile, Tuning, padded, rank_chunks
 from vllm_eigen.kernels.gpu.workspace import Partials, Workspace
 from vllm_eigen.kernels.interface import LayerSpec, Limits, Plan

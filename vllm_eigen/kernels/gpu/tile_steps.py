@@ -9,6 +9,18 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+STEP_INTEGERS = (
+    *("num_seqs", "num_slots", "num_splits", "split_size", "table_stride"),
+    *("query_stride_token", "query_stride_head", "output_stride_token", "output_stride_head"),
+)
+"""Arguments of an attention kernel that may be 1, or divisible by 16, in one step and not in
+another: compiling for that would compile in the middle of serving."""
+
+STEP_POINTERS = (
+    *("query", "output", "partial_m", "partial_l", "query_start_loc", "seq_lens", "block_table"),
+)
+"""The same of addresses: what begins within a buffer, at the mercy of the step."""
+
 
 @triton.jit
 def find_sequence(q_block, query_start_loc, num_seqs, BLOCK_Q: tl.constexpr):

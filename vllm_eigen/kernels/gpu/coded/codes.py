@@ -2,7 +2,7 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,assignment,var-annotated"
 """Codes on a GPU: tiles of a block, their planes in registers, and the numbers that meet them.
 
-`code_layout.py` has the order and the words. `tiles` are `CodeTile`s throughout; eight, four and
+`layout.py` has the order and the words. `tiles` are `CodeTile`s throughout; eight, four and
 two count the units of each width, so that one compiled kernel serves layers of other widths.
 """
 

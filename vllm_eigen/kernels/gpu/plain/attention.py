@@ -18,16 +18,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_eigen.kernels.gpu.reconstruct import (
+from vllm_eigen.kernels.gpu.plain.reconstruct import (
     add_reconstructed_scores,
     add_scores,
     load_basis,
     rotate,
 )
-from vllm_eigen.kernels.gpu.tile_steps import LOG2E, add_values, find_sequence, online_softmax
+from vllm_eigen.kernels.gpu.tile_steps import (
+    LOG2E,
+    STEP_INTEGERS,
+    STEP_POINTERS,
+    add_values,
+    find_sequence,
+    online_softmax,
+)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_slots", "num_splits", "split_size"])
+@triton.jit(do_not_specialize=STEP_INTEGERS, do_not_specialize_on_alignment=STEP_POINTERS)
 def paged_attention_kernel(
     query,
     cache,

@@ -11,9 +11,9 @@ import triton
 
 from vllm_eigen.checkpoint.codes import Code
 from vllm_eigen.kernels.gpu.checks import check_write, typed_cache
-from vllm_eigen.kernels.gpu.code_layout import code_tiles, code_units
-from vllm_eigen.kernels.gpu.coded_attention import coded_attention_kernel
-from vllm_eigen.kernels.gpu.coded_write import coded_write_kernel
+from vllm_eigen.kernels.gpu.coded.attention import coded_attention_kernel
+from vllm_eigen.kernels.gpu.coded.layout import code_tiles, code_units
+from vllm_eigen.kernels.gpu.coded.write import coded_write_kernel
 from vllm_eigen.kernels.gpu.layer import PROJECTED_TOKENS, Call, GpuLayer, precision
 from vllm_eigen.kernels.gpu.tiles import MIN_DOT, Tile, padded
 
@@ -45,8 +45,8 @@ class CodedGpuLayer(GpuLayer):
         key_code, value_code = self._codes
         coded_write_kernel[(triton.cdiv(num_tokens, tokens), spec.num_kv_heads, 2)](
             *(key, value),
-            # Placeholders where nothing is projected.
-            *(key if basis is None else basis, value if value_basis is None else value_basis),
+            # Placeholders where nothing is projected, which begin on 16 bytes as bases do.
+            *(cache if basis is None else basis, cache if value_basis is None else value_basis),
             projection.key_bias if projection else None,
             None if value_basis is None or projection is None else projection.value_bias,
             *(cache, slot_mapping, num_tokens),

@@ -2,7 +2,7 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,assignment,var-annotated"
 """Coded cache write on a GPU: latents, or whole heads made latents, encoded and stored in one pass.
 
-Codes and scales are those of `checkpoint/codes.py` to the bit; `code_layout.py` has their order.
+Codes and scales are those of `checkpoint/codes.py` to the bit; `layout.py` has their order.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_eigen.kernels.gpu.codes import plane_directions, tile_units
+from vllm_eigen.kernels.gpu.coded.codes import plane_directions, tile_units
+from vllm_eigen.kernels.gpu.plain.write import WRITE_INTEGERS, WRITE_POINTERS
 
 
 @triton.jit(
     do_not_specialize=[
-        *("num_tokens", "key_eight", "key_four", "key_two", "value_eight", "value_four"),
-        *("value_two", "key_stride_token", "key_stride_head", "value_stride_token"),
-        "value_stride_head",
-    ]
+        *WRITE_INTEGERS,
+        *("key_eight", "key_four", "key_two", "value_eight", "value_four", "value_two"),
+    ],
+    do_not_specialize_on_alignment=WRITE_POINTERS,
 )
 def coded_write_kernel(
     key,

@@ -10,8 +10,16 @@ import triton.language as tl
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 """A clamp must not turn a model's NaN into a finite latent."""
 
+WRITE_INTEGERS = (
+    *("num_tokens", "key_stride_token", "key_stride_head"),
+    *("value_stride_token", "value_stride_head"),
+)
+WRITE_POINTERS = ("key", "value", "slot_mapping")
+"""Arguments that Triton must not compile for, as in `tile_steps.py`: keys and values are columns of
+a wider product."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=WRITE_INTEGERS, do_not_specialize_on_alignment=WRITE_POINTERS)
 def cache_write_kernel(
     key,
     value,
@@ -60,7 +68,7 @@ def cache_write_kernel(
     _store(target + rank_k, values, in_value, v_scale, fp8_limit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=WRITE_INTEGERS, do_not_specialize_on_alignment=WRITE_POINTERS)
 def down_project_and_write_kernel(
     key,
     value,

@@ -3,10 +3,10 @@
 # mypy: disable-error-code="unreachable"
 """Attention over paged blocks of codes on a GPU: one kernel for decode and prefill.
 
-It divides the work as `attention.py` does. Codes stay packed until they are in registers, where
-each plane of them becomes the operand of a product (`codes.py`); the query, or the basis that keys
-are reconstructed with, is divided beforehand by what a plane counts too much. Keys' token scales
-multiply scores, or reconstructed keys; those of values multiply probabilities.
+It divides the work as `plain/attention.py` does. Codes stay packed until they are in registers,
+where each plane of them becomes the operand of a product (`codes.py`); the query, or the basis that
+keys are reconstructed with, is divided beforehand by what a plane counts too much. Keys' token
+scales multiply scores, or reconstructed keys; those of values multiply probabilities.
 
 A NaN of a token scale reaches the rows that attend to it and no others.
 """
@@ -16,12 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_eigen.kernels.gpu.coded_reconstruct import (
-    PAIRS,
-    load_basis_columns,
-    reconstruct_columns,
-)
-from vllm_eigen.kernels.gpu.codes import (
+from vllm_eigen.kernels.gpu.coded.codes import (
     GROUP,
     load_keys,
     load_query_planes,
@@ -30,16 +25,28 @@ from vllm_eigen.kernels.gpu.codes import (
     store_planes,
     zero_planes,
 )
-from vllm_eigen.kernels.gpu.reconstruct import add_scores, rotate
-from vllm_eigen.kernels.gpu.tile_steps import LOG2E, add_values, find_sequence, online_softmax
+from vllm_eigen.kernels.gpu.coded.reconstruct import (
+    PAIRS,
+    load_basis_columns,
+    reconstruct_columns,
+)
+from vllm_eigen.kernels.gpu.plain.reconstruct import add_scores, rotate
+from vllm_eigen.kernels.gpu.tile_steps import (
+    LOG2E,
+    STEP_INTEGERS,
+    STEP_POINTERS,
+    add_values,
+    find_sequence,
+    online_softmax,
+)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("num_seqs", "num_slots", "num_splits", "split_size", "partial_width"),
-        *("query_stride_token", "query_stride_head", "output_stride_token", "output_stride_head"),
+        *(*STEP_INTEGERS, "partial_width"),
         *("key_eight", "key_four", "key_two", "value_eight", "value_four", "value_two"),
-    ]
+    ],
+    do_not_specialize_on_alignment=STEP_POINTERS,
 )
 def coded_attention_kernel(
     query,
@@ -104,7 +111,7 @@ def coded_attention_kernel(
 ):
     """Attend from one tile of queries to one run of keys, as `paged_attention_kernel`.
 
-    key_eight, .. count units (`code_layout.py`). partial_acc is `[num_seqs, num_slots,
+    key_eight, .. count units (`layout.py`). partial_acc is `[num_seqs, num_slots,
     num_heads, num_splits, partial_width]`. A tile of queries has heads of one key head.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // heads_per_tile

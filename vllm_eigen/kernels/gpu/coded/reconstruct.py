@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,assignment,var-annotated"
-"""Rotary keys reconstructed from planes of codes on a GPU; `reconstruct.py` for coded blocks.
+"""Rotary keys reconstructed from planes of codes on a GPU; `plain/reconstruct.py` for coded blocks.
 
 A basis has a row for each number of each plane, divided by what the plane counts too much, so that
 the planes' products add up to the latents' product.
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from vllm_eigen.checkpoint.codes import Code
-from vllm_eigen.kernels.gpu.code_layout import plane_order
-from vllm_eigen.kernels.gpu.codes import plane_of
-from vllm_eigen.kernels.gpu.reconstruct import PackedReconstruction
+from vllm_eigen.kernels.gpu.coded.codes import plane_of
+from vllm_eigen.kernels.gpu.coded.layout import plane_order
+from vllm_eigen.kernels.gpu.plain.reconstruct import PackedReconstruction
 
 PAIRS = tl.constexpr(32)
 """RoPE pairs that are reconstructed at once: all of them would not fit the registers."""
