@@ -85,6 +85,16 @@ class DownProjection:
 
 
 @dataclass(frozen=True)
+class Latents:
+    """What one layer caches of a head and token: ranks, and how they are coded in bits."""
+
+    rank_k: int
+    rank_v: int
+    key_code: Code | None = None
+    value_code: Code | None = None
+
+
+@dataclass(frozen=True)
 class PlanGeometry:
     """What a step's plan depends on besides the step. Ranks do not matter.
 
@@ -112,6 +122,7 @@ class LayerSpec:
         them cache_dtype is uint8 and a cached latent stands for codes times token scale.
     reconstruction: None where cached keys are scored as they are.
     down_projection: None where keys and values come as latents.
+    peers: latents of all layers of the model; kernels may pad so that few serve all of them.
     """
 
     num_heads: int
@@ -127,6 +138,7 @@ class LayerSpec:
     down_projection: DownProjection | None = None
     key_code: Code | None = None
     value_code: Code | None = None
+    peers: tuple[Latents, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises KernelError for codes that do not fit the ranks or the cache."""
@@ -142,6 +154,11 @@ class LayerSpec:
             )
         if self.cache_dtype != torch.uint8:
             raise KernelError(f"a coded cache is of uint8, not {self.cache_dtype}")
+
+    @property
+    def latents(self) -> Latents:
+        """What the layer caches of a head and token."""
+        return Latents(self.rank_k, self.rank_v, self.key_code, self.value_code)
 
     @property
     def is_coded(self) -> bool:

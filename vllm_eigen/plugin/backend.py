@@ -169,6 +169,7 @@ class EigenAttention(Attention):
                 down_projection=self._bases.down_projection,
                 key_code=ranks.key_code,
                 value_code=ranks.value_code,
+                peers=self.impl.planner.latents,
             )
         )
         self._k_scale_float, self._v_scale_float = ranks.k_scale, ranks.v_scale

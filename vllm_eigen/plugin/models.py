@@ -20,7 +20,7 @@ from vllm_eigen.checkpoint.config import EigenConfig, check_cache_dtype, parse_c
 from vllm_eigen.checkpoint.families import family_of
 from vllm_eigen.checkpoint.validate import validate
 from vllm_eigen.common.errors import UsageError
-from vllm_eigen.kernels import Limits, RotaryTable
+from vllm_eigen.kernels import Latents, Limits, RotaryTable
 from vllm_eigen.plugin.mpt import MPTForCausalLM
 from vllm_eigen.plugin.self_attention import EigenSelfAttention, Shared
 from vllm_eigen.plugin.step_planner import StepPlanner, choose_kernels
@@ -98,7 +98,11 @@ def replace_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
         max_seq_len=vllm_config.model_config.max_model_len,
         device=torch.get_default_device(),
     )
-    planner = StepPlanner(kernels, limits)
+    latents = tuple(
+        Latents(ranks.rank_k, ranks.rank_v, ranks.key_code, ranks.value_code)
+        for ranks in eigen.layers
+    )
+    planner = StepPlanner(kernels, limits, latents)
     shared = Shared(family, eigen, vllm_config, planner)
     tables: dict[nn.Module, RotaryTable] = {}  # vLLM's layers share one rotary module
     layers: Any = model.get_submodule(f"{family.decoder}.{family.layers}")

@@ -11,7 +11,16 @@ import os
 from collections.abc import Sequence
 
 from vllm_eigen.common.errors import KernelError
-from vllm_eigen.kernels import Kernels, Limits, Plan, PlanGeometry, PreparedLayer, Step, load
+from vllm_eigen.kernels import (
+    Kernels,
+    Latents,
+    Limits,
+    Plan,
+    PlanGeometry,
+    PreparedLayer,
+    Step,
+    load,
+)
 from vllm_eigen.plugin.vllm_api import CommonAttentionMetadata, init_logger
 
 logger = init_logger("vllm_eigen")
@@ -25,13 +34,17 @@ class StepPlanner:
     Args:
         limits: of every step, for which `reserve` allocates; None allocates and compiles nothing
             ahead.
+        latents: of all layers of the model, those of other pipeline stages too.
 
     vLLM has one metadata builder for layers of equal ranks, and hands all of them the same
     `CommonAttentionMetadata` in a step, and another in the next.
     """
 
-    def __init__(self, kernels: Kernels, limits: Limits | None = None) -> None:
+    def __init__(
+        self, kernels: Kernels, limits: Limits | None = None, latents: tuple[Latents, ...] = ()
+    ) -> None:
         self.kernels = kernels
+        self.latents = latents
         self._limits = limits
         self._common: CommonAttentionMetadata | None = None
         self._plans: dict[PlanGeometry, Plan] = {}

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests.kernels.cases import Case, expected, make, run, tolerance
-from vllm_eigen.kernels import LayerSpec, Plan, PlanGeometry, PreparedLayer, Step
+from vllm_eigen.kernels import Latents, LayerSpec, Plan, PlanGeometry, PreparedLayer, Step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -73,11 +73,15 @@ class Moving:
 
     name = "gpu"
 
-    def __init__(self, index: int = 0, hints: bool = False) -> None:
+    def __init__(
+        self, index: int = 0, hints: bool = False, peers: tuple[Latents, ...] = ()
+    ) -> None:
         self.inner = GpuKernels(TUNINGS[index])
         self.hints = hints
+        self.peers = peers
 
     def prepare(self, layer: LayerSpec) -> MovingLayer:
+        layer = dataclasses.replace(layer, peers=self.peers)
         return MovingLayer(layer, self.inner.prepare(move(layer)))
 
     def plan(self, step: Step, geometry: PlanGeometry) -> Plan:

@@ -24,7 +24,7 @@ from tests.kernels.gpu.moving import (
 from tests.kernels.strategies import cases, codes
 from tests.kernels.test_coding import latents
 from vllm_eigen.checkpoint.codes import Code
-from vllm_eigen.kernels import LayerSpec, ScoreOptions
+from vllm_eigen.kernels import Latents, LayerSpec, ScoreOptions
 from vllm_eigen.kernels.coding import encode
 
 pytest.importorskip("triton")
@@ -95,6 +95,26 @@ def unpacked(part: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor
     if code.token_scale:
         scale = part[tokens * code.code_bytes :].view(torch.bfloat16).float()
     return torch.cat(found).t(), scale
+
+
+@needs_kernels
+@pytest.mark.parametrize("encoded_size", [0, 32])
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_padded_for_wider_layers(reconstruct: bool, encoded_size: int) -> None:
+    """Tiles of other layers' codes, of widths that this layer has none of, change no result."""
+    key, value = Code(eight=4, four=16), Code(two=32)
+    case = Case(
+        queries_per_head=2,
+        rank_k=key.rank,
+        rank_v=value.rank,
+        sequences=((90, 1), (3, 12)),
+        reconstruct=reconstruct,
+        encoded_size=encoded_size,
+        codes=(key, value),
+    )
+    wide, narrow = Code(four=168, two=32), Code(eight=8, two=16)
+    peers = (Latents(wide.rank, narrow.rank, wide, narrow), Latents(16, 200, Code(two=16), wide))
+    close(case, Moving(1, peers=peers))
 
 
 @needs_kernels

@@ -87,11 +87,14 @@ def test_decode_spills_nothing(capability: int, name: str) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_decode_loads_codes_in_16_bytes(capability: int, name: str) -> None:
     """Copies of 16 bytes are those of two tiles before the loop and of one in it, no more."""
-    from vllm_eigen.kernels.gpu.coded.layout import code_tiles
+    from vllm_eigen.kernels.gpu.coded.layer import key_tiles, value_tiles
+    from vllm_eigen.kernels.gpu.padding import padding_of
+    from vllm_eigen.kernels.interface import Latents
 
     _, decode, _ = compiled(capability)[name]
     *_, key_code, value_code, _, _ = CASES[name]
-    units = [tile.units for code in (key_code, value_code) for tile in code_tiles(code)]
+    padding = padding_of(Latents(key_code.rank, value_code.rank, key_code, value_code))
+    units = [tile.units for tile in (*key_tiles(padding), *value_tiles(padding))]
     copies = [max(1, 2 * some * decode["block_n"] // (16 * decode["threads"])) for some in units]
     basis = decode["copies"] - 3 * sum(copies)
     assert basis >= 0, (decode, copies)

@@ -33,7 +33,7 @@ from tests.kernels.gpu.moving import (
 from tests.kernels.strategies import cases
 from vllm_eigen.checkpoint.modes import KeyMode
 from vllm_eigen.common.errors import KernelError
-from vllm_eigen.kernels import LayerSpec, Limits, RotaryTable, ScoreOptions, Step
+from vllm_eigen.kernels import Latents, LayerSpec, Limits, RotaryTable, ScoreOptions, Step
 
 pytest.importorskip("triton")
 
@@ -97,6 +97,22 @@ def test_bounds_and_company_change_nothing(reconstruct: bool) -> None:
         window=100,
     )
     alone_as_in_company(case)
+
+
+@needs_kernels
+@pytest.mark.parametrize("encoded_size", [0, 32])
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_padded_for_wider_layers(reconstruct: bool, encoded_size: int) -> None:
+    """What is padded for other layers' ranks changes no result, and no other byte of the cache."""
+    case = Case(
+        queries_per_head=2,
+        rank_k=24,
+        rank_v=16,
+        sequences=((140, 1), (0, 30)),
+        reconstruct=reconstruct,
+        encoded_size=encoded_size,
+    )
+    close(case, Moving(1, peers=(Latents(72, 120), Latents(8, 104))))
 
 
 @needs_kernels

@@ -19,10 +19,11 @@ import triton
 
 from vllm_eigen.common.errors import KernelError
 from vllm_eigen.kernels.gpu.checks import check_layer, check_step
-from vllm_eigen.kernels.gpu.coded.layer import CodedGpuLayer
-from vllm_eigen.kernels.gpu.coded.layout import code_tiles, padded_codes
+from vllm_eigen.kernels.gpu.coded.layer import CodedGpuLayer, key_tiles, value_tiles
+from vllm_eigen.kernels.gpu.coded.layout import padded_codes
 from vllm_eigen.kernels.gpu.coded.reconstruct import by_planes
 from vllm_eigen.kernels.gpu.layer import GpuLayer
+from vllm_eigen.kernels.gpu.padding import Padding, compiled_sizes
 from vllm_eigen.kernels.gpu.plain.attention import paged_attention_kernel
 from vllm_eigen.kernels.gpu.plain.reconstruct import PackedRotary, pack, pack_rotary
 from vllm_eigen.kernels.gpu.plan import GpuPlan
@@ -33,7 +34,6 @@ from vllm_eigen.kernels.gpu.tiles import (
     fit,
     fit_decode,
     padded_pairs,
-    rank_chunks,
 )
 from vllm_eigen.kernels.gpu.warm_up import warm_up
 from vllm_eigen.kernels.gpu.workspace import Workspace
@@ -73,20 +73,23 @@ class GpuKernels:
     def prepare(self, layer: LayerSpec) -> GpuLayer:
         """See `interface.Kernels.prepare`."""
         check_layer(layer)
+        sizes = compiled_sizes(layer)
         packed = None
         if (reconstruction := layer.reconstruction) is not None:
             rotary = reconstruction.rotary
             if rotary not in self._rotary:
                 self._rotary[rotary] = pack_rotary(rotary)
-            packed = pack(reconstruction, self._rotary[rotary], layer.dtype)
-        shape = _shape(layer)
+            rows = layer.rank_k if layer.is_coded else sizes.padding.key
+            packed = pack(reconstruction, self._rotary[rotary], layer.dtype, rows)
+        shape = _shape(layer, sizes.padding)
         if packed is not None and layer.key_code:
-            packed = by_planes(packed, layer.key_code)
+            packed = by_planes(packed, layer.key_code, key_tiles(sizes.padding))
         decode, decode_heads = fit_decode(self.tuning, shape, self._shared_bytes)
         kind = CodedGpuLayer if layer.is_coded else GpuLayer
         return kind(
             spec=layer,
             shape=shape,
+            sizes=sizes,
             tuning=self.tuning,
             decode=decode,
             decode_heads=decode_heads,
@@ -133,21 +136,21 @@ class GpuKernels:
         return max(self.tuning.decode_split, needed, *(tile.block_n for tile in tiles))
 
 
-def _shape(layer: LayerSpec) -> Shape:
+def _shape(layer: LayerSpec, padding: Padding) -> Shape:
     """Head counts, ranks and element sizes of a layer."""
     columns = 0
     if layer.reconstruction is not None:
         pairs, unrotated = padded_pairs(layer.reconstruction)
         columns = 2 * pairs + unrotated
-    if layer.key_code and layer.value_code:
-        key_tiles, value_tiles = code_tiles(layer.key_code), code_tiles(layer.value_code)
-        numbers = padded_codes(key_tiles), padded_codes(value_tiles)
-        cached_bytes = sum(2 * tile.units for tile in (*key_tiles, *value_tiles))
+    if layer.is_coded:
+        of_key, of_value = key_tiles(padding), value_tiles(padding)
+        numbers = padded_codes(of_key), padded_codes(of_value)
+        cached_bytes = sum(2 * tile.units for tile in (*of_key, *of_value))
         # Planes are multiplied one after the other.
-        widest = max(tile.units for tile in (*key_tiles, *value_tiles))
+        widest = max(tile.units for tile in (*of_key, *of_value))
         operands = 4 * widest
     else:
-        numbers = sum(rank_chunks(layer.rank_k)), sum(rank_chunks(layer.rank_v))
+        numbers = padding.key, padding.value
         cached_bytes = sum(numbers) * layer.cache_dtype.itemsize
         widest = max(numbers)
         is_operand = layer.cache_dtype == layer.dtype and layer.dtype.itemsize < 4

@@ -16,6 +16,7 @@ import triton
 
 from vllm_eigen.kernels.gpu.checks import check_attend, check_write, typed_cache
 from vllm_eigen.kernels.gpu.combine import combine_splits_kernel
+from vllm_eigen.kernels.gpu.padding import CompiledSizes
 from vllm_eigen.kernels.gpu.plain.attention import paged_attention_kernel
 from vllm_eigen.kernels.gpu.plain.reconstruct import TILE_START_STEP, PackedReconstruction
 from vllm_eigen.kernels.gpu.plain.write import cache_write_kernel, down_project_and_write_kernel
@@ -32,6 +33,7 @@ PROJECTED_TOKENS = 64
 class GpuLayer:
     """See `interface.PreparedLayer`.
 
+    sizes: what its kernels are compiled for.
     decode, prefill: the tiles of the two kernels; a decode program serves decode_heads query heads.
     packed: None where keys are not reconstructed.
     workspace: all layers' of a device, which run one after the other.
@@ -39,6 +41,7 @@ class GpuLayer:
 
     spec: LayerSpec
     shape: Shape
+    sizes: CompiledSizes
     tuning: Tuning
     decode: Tile
     decode_heads: int
@@ -59,7 +62,7 @@ class GpuLayer:
         check_write(spec, key, value, num_tokens)
         if num_tokens == 0:
             return
-        block_rank = triton.next_power_of_2(max(spec.rank_k, spec.rank_v))
+        block_rank = triton.next_power_of_2(self.sizes.rank)
         strides = (
             *(key.stride(0), key.stride(1)),
             *(value.stride(0), value.stride(1)),
@@ -67,8 +70,7 @@ class GpuLayer:
         )
         scales = spec.k_scale, spec.v_scale
         constants = {
-            "rank_k": spec.rank_k,
-            "rank_v": spec.rank_v,
+            "unit": self.sizes.unit,
             "block_size": cache.shape[2],
             "fp8_limit": torch.finfo(cache.dtype).max if spec.is_fp8 else 0.0,
         }
@@ -76,7 +78,7 @@ class GpuLayer:
         if projection is None:
             block_heads = min(triton.next_power_of_2(spec.num_kv_heads), max(1, 2048 // block_rank))
             cache_write_kernel[(num_tokens, triton.cdiv(spec.num_kv_heads, block_heads))](
-                *(key, value, cache, slot_mapping, *strides, *scales),
+                *(key, value, cache, slot_mapping, *strides, *scales, *self._units),
                 **constants,
                 num_heads=spec.num_kv_heads,
                 BLOCK_HEADS=block_heads,
@@ -89,7 +91,7 @@ class GpuLayer:
             *(projection.key, projection.key if projection.value is None else projection.value),
             projection.key_bias,
             None if projection.value is None else projection.value_bias,
-            *(cache, slot_mapping, num_tokens, *strides, *scales),
+            *(cache, slot_mapping, num_tokens, *strides, *scales, *self._units),
             **constants,
             key_size=key.shape[2],
             value_size=value.shape[2],
@@ -141,7 +143,12 @@ class GpuLayer:
     @property
     def _partial_width(self) -> int:
         """Numbers of a row of partial results."""
-        return sum(rank_chunks(self.spec.rank_v))
+        return self.sizes.padding.value
+
+    @property
+    def _units(self) -> tuple[int, int]:
+        """Both ranks, in units."""
+        return self.spec.rank_k // self.sizes.unit, self.spec.rank_v // self.sizes.unit
 
     def _num_splits(self, max_seq_len: int, split_size: int) -> int:
         """Splits of a sequence at most."""
@@ -153,22 +160,22 @@ class GpuLayer:
     def _attend(self, call: Call, tile: Tile, *, is_decode: bool) -> None:
         spec, shape = self.spec, self.shape
         heads = self._heads_per_tile(is_decode)
-        k_head, k_tail = rank_chunks(spec.rank_k)
-        v_head, v_tail = rank_chunks(spec.rank_v)
+        k_head, k_tail = rank_chunks(self.sizes.padding.key)
+        v_head, v_tail = rank_chunks(self.sizes.padding.value)
         paged_attention_kernel[self._grid(call, tile, is_decode)](
             *self._operands(call),
             *self._strides(call),
-            *(spec.k_scale, spec.v_scale),
+            *(spec.k_scale, spec.v_scale, *self._units),
             **self._options(call, tile, is_decode),
             reconstructed_per_tile=heads // shape.heads_per_reconstructed,
-            rank_k=spec.rank_k,
-            rank_v=spec.rank_v,
+            unit=self.sizes.unit,
             k_head=k_head,
             k_tail=k_tail,
             v_head=v_head,
             v_tail=v_tail,
             is_fp8=spec.is_fp8,
-            head_size=call.query.shape[2],
+            # Only read with reconstructed keys: one compiled kernel serves all ranks otherwise.
+            head_size=call.query.shape[2] if self.packed else 0,
         )
 
     def _heads_per_tile(self, is_decode: bool) -> int:
@@ -252,7 +259,7 @@ class GpuLayer:
             self.spec.v_scale if self.spec.is_fp8 else 1.0,
             *(self.spec.rank_v, width),
             num_heads=self.spec.num_heads,
-            BLOCK_V=triton.next_power_of_2(width),
+            BLOCK_V=triton.next_power_of_2(self.sizes.rank),
             window=self.spec.scores.sliding_window or 0,
             max_decode=call.max_decode,
             BLOCK_SPLITS=16,

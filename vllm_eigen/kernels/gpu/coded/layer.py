@@ -12,18 +12,29 @@ import triton
 from vllm_eigen.checkpoint.codes import Code
 from vllm_eigen.kernels.gpu.checks import check_write, typed_cache
 from vllm_eigen.kernels.gpu.coded.attention import coded_attention_kernel
-from vllm_eigen.kernels.gpu.coded.layout import code_tiles, code_units
+from vllm_eigen.kernels.gpu.coded.layout import CodeTile, code_tiles, code_units
 from vllm_eigen.kernels.gpu.coded.write import coded_write_kernel
 from vllm_eigen.kernels.gpu.layer import PROJECTED_TOKENS, Call, GpuLayer, precision
+from vllm_eigen.kernels.gpu.padding import Padding
 from vllm_eigen.kernels.gpu.tiles import MIN_DOT, Tile, padded
 
 WRITTEN_TOKENS = 16
 """Tokens a program of the cache write that does not project: a group of one block at best."""
 
 
+def key_tiles(padding: Padding) -> tuple[CodeTile, ...]:
+    """Those of a key's codes."""
+    return code_tiles(padding.key, padding.key_two)
+
+
+def value_tiles(padding: Padding) -> tuple[CodeTile, ...]:
+    """Those of a value's codes."""
+    return code_tiles(padding.value, padding.value_two)
+
+
 @dataclass(frozen=True, eq=False)
 class CodedGpuLayer(GpuLayer):
-    """See `interface.PreparedLayer`. The rows of `packed.basis` are those of `code_tiles`."""
+    """See `interface.PreparedLayer`. The rows of `packed.basis` are those of `key_tiles`."""
 
     def write_cache(
         self,
@@ -58,10 +69,10 @@ class CodedGpuLayer(GpuLayer):
             value_size=0 if value_basis is None else value.shape[2],
             projects_keys=basis is not None,
             projects_values=value_basis is not None,
-            **self._constants,
+            **self._constants(self.sizes.widest),
             block_size=cache.shape[2],
             BLOCK_TOKENS=tokens,
-            BLOCK_D=min(64, padded(max(key.shape[2], value.shape[2]))),
+            BLOCK_D=min(64, padded(max(key.shape[2], value.shape[2]))) if projection else MIN_DOT,
             precision=precision(key.dtype),
             num_warps=4,
             num_stages=1,
@@ -75,7 +86,7 @@ class CodedGpuLayer(GpuLayer):
             *self._strides(call),
             *(*code_units(key_code), *code_units(value_code)),
             **self._options(call, tile, is_decode),
-            **self._constants,
+            **self._constants(self.sizes.padding),
             # Only read with reconstructed keys: one compiled kernel serves all ranks otherwise.
             head_size=call.query.shape[2] if self.packed else 0,
         )
@@ -92,13 +103,12 @@ class CodedGpuLayer(GpuLayer):
         assert value is not None
         return key, value
 
-    @property
-    def _constants(self) -> dict[str, Any]:
+    def _constants(self, padding: Padding) -> dict[str, Any]:
         """What both kernels are compiled for."""
         key, value = self._codes
         return {
-            "key_tiles": code_tiles(key),
-            "value_tiles": code_tiles(value),
+            "key_tiles": key_tiles(padding),
+            "value_tiles": value_tiles(padding),
             "key_scaled": key.token_scale,
             "value_scaled": value.token_scale,
         }

@@ -42,12 +42,11 @@ class CodeTile(NamedTuple):
     first_number: int
 
 
-def code_tiles(code: Code) -> tuple[CodeTile, ...]:
-    """The tiles of a code: up to two of wide units and one of 2-bit codes."""
-    eight, four, two = code_units(code)
+def code_tiles(wide: int, two: int) -> tuple[CodeTile, ...]:
+    """The tiles of so many wide units and units of 2-bit codes, up to two and one."""
     tiles: list[CodeTile] = []
-    if eight + four:
-        head, tail = rank_chunks(eight + four)
+    if wide:
+        head, tail = rank_chunks(wide)
         tiles.append(CodeTile(head, 4, 0, 0, 0))
         if tail:
             tiles.append(CodeTile(tail, 4, head, 4, 4 * head))
@@ -67,15 +66,15 @@ def padded_codes(tiles: Sequence[CodeTile]) -> int:
     return sum(tile.units * tile.planes for tile in tiles)
 
 
-def plane_order(code: Code) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the planes of all tiles stand for, plane after plane, `padded_codes` of them.
+def plane_order(code: Code, tiles: Sequence[CodeTile]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the planes of the tiles stand for, plane after plane, `padded_codes` of them.
 
     Returns:
         int64 directions, 0 where there is none, and float32 factors, 0 where there is none.
     """
     eight, four, two = code_units(code)
     directions, factors = [], []
-    for units, planes, first, *_ in code_tiles(code):
+    for units, planes, first, *_ in tiles:
         unit = first + torch.arange(units)
         for plane in range(planes):
             if planes == 4:

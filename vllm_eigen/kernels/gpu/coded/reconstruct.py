@@ -8,6 +8,7 @@ the planes' products add up to the latents' product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import triton
@@ -15,16 +16,18 @@ import triton.language as tl
 
 from vllm_eigen.checkpoint.codes import Code
 from vllm_eigen.kernels.gpu.coded.codes import plane_of
-from vllm_eigen.kernels.gpu.coded.layout import plane_order
+from vllm_eigen.kernels.gpu.coded.layout import CodeTile, plane_order
 from vllm_eigen.kernels.gpu.plain.reconstruct import PackedReconstruction
 
 PAIRS = tl.constexpr(32)
 """RoPE pairs that are reconstructed at once: all of them would not fit the registers."""
 
 
-def by_planes(packed: PackedReconstruction, code: Code) -> PackedReconstruction:
-    """The basis with a row `[2 * half + rest]` for each number of `code_tiles`."""
-    directions, factors = (part.to(packed.basis.device) for part in plane_order(code))
+def by_planes(
+    packed: PackedReconstruction, code: Code, tiles: Sequence[CodeTile]
+) -> PackedReconstruction:
+    """The basis with a row `[2 * half + rest]` for each number of the tiles."""
+    directions, factors = (part.to(packed.basis.device) for part in plane_order(code, tiles))
     rows = packed.basis[:, directions].float() * factors[:, None]
     return replace(packed, basis=rows.to(packed.basis.dtype).contiguous())
 

@@ -34,7 +34,10 @@ from vllm_eigen.kernels.gpu.tile_steps import (
 )
 
 
-@triton.jit(do_not_specialize=STEP_INTEGERS, do_not_specialize_on_alignment=STEP_POINTERS)
+@triton.jit(
+    do_not_specialize=(*STEP_INTEGERS, "k_units", "v_units"),
+    do_not_specialize_on_alignment=STEP_POINTERS,
+)
 def paged_attention_kernel(
     query,
     cache,
@@ -66,12 +69,13 @@ def paged_attention_kernel(
     soft_cap,
     k_scale,
     v_scale,
+    k_units,
+    v_units,
     num_heads: tl.constexpr,
     heads_per_tile: tl.constexpr,
     tiles_per_latent: tl.constexpr,
     reconstructed_per_tile: tl.constexpr,
-    rank_k: tl.constexpr,
-    rank_v: tl.constexpr,
+    unit: tl.constexpr,
     k_head: tl.constexpr,
     k_tail: tl.constexpr,
     v_head: tl.constexpr,
@@ -105,7 +109,10 @@ def paged_attention_kernel(
     num_slots is what a decoded sequence may have of queries.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // heads_per_tile
-    width_k: tl.constexpr = rank_k + rank_v
+    # Ranks are known to be multiples of a unit, so that whole units are loaded at once.
+    rank_k = k_units * unit
+    rank_v = v_units * unit
+    width = rank_k + rank_v
     num_tiles: tl.constexpr = num_heads // heads_per_tile
     head_tile = tl.program_id(0) % num_tiles
     q_block = tl.program_id(0) // num_tiles
@@ -202,19 +209,19 @@ def paged_attention_kernel(
         if block_size % BLOCK_N == 0:
             block = tl.load(table + start // block_size).to(tl.int64)
             tokens = start % block_size + tl.arange(0, BLOCK_N)
-            latents = kv_head_cache + block * cache_stride_block + tokens[:, None] * width_k
+            latents = kv_head_cache + block * cache_stride_block + tokens[:, None] * width
         else:
             block = tl.load(table + key_at // block_size, mask=key_valid, other=0).to(tl.int64)
-            tokens = block * cache_stride_block + key_at % block_size * width_k
+            tokens = block * cache_stride_block + key_at % block_size * width
             latents = kv_head_cache + tokens[:, None]
         key_mask = key_valid[:, None]
 
-        keys = _load_latents(latents, dim_k, key_mask, rank_k, k_head).to(query.dtype.element_ty)
+        keys = _load_latents(latents, dim_k, key_mask, rank_k).to(query.dtype.element_ty)
         keys_tail = keys
         if k_tail > 0:
-            keys_tail = _load_latents(latents, dim_k_tail, key_mask, rank_k, k_head + k_tail)
+            keys_tail = _load_latents(latents, dim_k_tail, key_mask, rank_k)
             keys_tail = keys_tail.to(query.dtype.element_ty)
-        values = _load_latents(latents + rank_k, dim_v, key_mask, rank_v, v_head)
+        values = _load_latents(latents + rank_k, dim_v, key_mask, rank_v)
 
         logits = tl.zeros([BLOCK_N, BLOCK_M] if swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
         if reconstruct:
@@ -283,7 +290,7 @@ def paged_attention_kernel(
         values = values.to(query.dtype.element_ty)
         acc = add_values(acc, probs, tl.trans(values), alpha, swap_ab, precision)
         if v_tail > 0:
-            more = _load_latents(latents + rank_k, dim_v_tail, key_mask, rank_v, v_head + v_tail)
+            more = _load_latents(latents + rank_k, dim_v_tail, key_mask, rank_v)
             more = more.to(query.dtype.element_ty)
             acc_tail = add_values(acc_tail, probs, tl.trans(more), alpha, swap_ab, precision)
 
@@ -314,8 +321,6 @@ def paged_attention_kernel(
 
 
 @triton.jit
-def _load_latents(latents, dim, valid, rank: tl.constexpr, padded: tl.constexpr):
+def _load_latents(latents, dim, valid, rank):
     """One chunk of a tile's latents `[BLOCK_N, chunk]`, zero where not valid or past the rank."""
-    if padded > rank:
-        valid = valid & (dim < rank)
-    return tl.load(latents + dim, mask=valid, other=0.0)
+    return tl.load(latents + dim, mask=valid & (dim < rank), other=0.0)

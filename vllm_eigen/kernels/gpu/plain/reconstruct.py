@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_eigen.kernels.gpu.tiles import MAX_BLOCK_N, MIN_DOT, padded, padded_pairs, rank_chunks
+from vllm_eigen.kernels.gpu.tiles import MAX_BLOCK_N, MIN_DOT, padded, padded_pairs
 from vllm_eigen.kernels.interface import KeyReconstruction
 from vllm_eigen.kernels.rope import RotaryTable
 
@@ -44,8 +44,8 @@ class PackedRotary:
 class PackedReconstruction:
     """A `KeyReconstruction` as the kernel reads it; built once, outside of any CUDA graph.
 
-    basis: `[num_reconstructed_heads, head + tail chunk of rank_k, 2 * half + rest]`, zero padded,
-        in the query's dtype; offset: float32 `[num_reconstructed_heads, 2 * half + rest]`, or None.
+    basis: `[num_reconstructed_heads, padded rank_k, 2 * half + rest]`, zero padded, in the query's
+        dtype; offset: float32 `[num_reconstructed_heads, 2 * half + rest]`, or None.
     half, rest: the number of RoPE pairs and of unrotated dimensions (0: none), both padded.
     """
 
@@ -73,9 +73,9 @@ def pack_rotary(rotary: RotaryTable) -> PackedRotary:
 
 
 def pack(
-    reconstruction: KeyReconstruction, rotary: PackedRotary, dtype: torch.dtype
+    reconstruction: KeyReconstruction, rotary: PackedRotary, dtype: torch.dtype, padded_rank: int
 ) -> PackedReconstruction:
-    """Pack a basis for queries of `dtype`."""
+    """Pack a basis for queries of `dtype`, with `padded_rank` rows."""
     basis, rotary_dim = reconstruction.key_basis, rotary.table.rotary_dim
     heads, rank_k, head_size = basis.shape
     half, rest = padded_pairs(reconstruction)
@@ -90,7 +90,7 @@ def pack(
         packed[..., 2 * half : 2 * half + head_size - rotary_dim] = full[..., rotary_dim:]
         return packed
 
-    rows = basis.new_zeros(heads, sum(rank_chunks(rank_k)), head_size, dtype=dtype)
+    rows = basis.new_zeros(heads, padded_rank, head_size, dtype=dtype)
     rows[:, :rank_k] = basis
     offset = reconstruction.key_offset
     return PackedReconstruction(

@@ -12,7 +12,7 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 WRITE_INTEGERS = (
     *("num_tokens", "key_stride_token", "key_stride_head"),
-    *("value_stride_token", "value_stride_head"),
+    *("value_stride_token", "value_stride_head", "k_units", "v_units"),
 )
 WRITE_POINTERS = ("key", "value", "slot_mapping")
 """Arguments that Triton must not compile for, as in `tile_steps.py`: keys and values are columns of
@@ -33,9 +33,10 @@ def cache_write_kernel(
     cache_stride_head,
     k_scale,
     v_scale,
+    k_units,
+    v_units,
     num_heads: tl.constexpr,
-    rank_k: tl.constexpr,
-    rank_v: tl.constexpr,
+    unit: tl.constexpr,
     block_size: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -46,6 +47,8 @@ def cache_write_kernel(
     Program (token, block of heads). fp8_limit is the largest fp8 value, 0 where the cache is not
     fp8: stored values saturate there.
     """
+    rank_k = k_units * unit
+    rank_v = v_units * unit
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if slot < 0:
@@ -87,11 +90,12 @@ def down_project_and_write_kernel(
     cache_stride_head,
     k_scale,
     v_scale,
+    k_units,
+    v_units,
     key_size: tl.constexpr,
     value_size: tl.constexpr,
     projects_values: tl.constexpr,
-    rank_k: tl.constexpr,
-    rank_v: tl.constexpr,
+    unit: tl.constexpr,
     block_size: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -105,6 +109,8 @@ def down_project_and_write_kernel(
 
     Program (tokens, head, keys or values). The products are added in float32 and rounded once.
     """
+    rank_k = k_units * unit
+    rank_v = v_units * unit
     head = tl.program_id(1).to(tl.int64)
     if tl.program_id(2) == 0:
         _down_project(
@@ -117,9 +123,9 @@ def down_project_and_write_kernel(
             num_tokens,
             cache_stride_block,
             k_scale,
-            key_size,
             rank_k,
             rank_k + rank_v,
+            key_size,
             block_size,
             BLOCK_TOKENS,
             BLOCK_D,
@@ -139,9 +145,9 @@ def down_project_and_write_kernel(
             num_tokens,
             cache_stride_block,
             v_scale,
-            value_size,
             rank_v,
             rank_k + rank_v,
+            value_size,
             block_size,
             BLOCK_TOKENS,
             BLOCK_D,
@@ -163,9 +169,9 @@ def _down_project(
     num_tokens,
     stride_block,
     scale,
+    rank,
+    width,
     size: tl.constexpr,
-    rank: tl.constexpr,
-    width: tl.constexpr,
     block_size: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_D: tl.constexpr,
