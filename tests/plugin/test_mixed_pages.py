@@ -67,7 +67,7 @@ def test_capacity_is_vllm_s(
     )
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    from vllm_eigen.plugin.backend import Beside, EigenAttention
+    from vllm_eigen.plugin.attention import Beside, EigenAttention
     from vllm_eigen.plugin.vllm_api import mixed_cache
 
     config = configuration(max_model_len, in_flight, block_size)

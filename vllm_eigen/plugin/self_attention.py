@@ -29,7 +29,7 @@ from vllm_eigen.checkpoint.shapes import (
     projected_sizes,
 )
 from vllm_eigen.kernels import DownProjection, KeyReconstruction, RotaryTable
-from vllm_eigen.plugin.backend import Beside, EigenAttention, LayerBases
+from vllm_eigen.plugin.attention import Beside, EigenAttention, LayerBases
 from vllm_eigen.plugin.qkv_linear import EigenQKVLinear
 from vllm_eigen.plugin.step_planner import StepPlanner
 from vllm_eigen.plugin.vllm_api import (

@@ -5,120 +5,25 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
+from tests.kernels.gpu.layers import BLOCK, LAYERS, LIMITS, Inputs, batches, inputs
 from tests.kernels.gpu.specializations import recorded
-from vllm_eigen.checkpoint.codes import Code
-from vllm_eigen.kernels import (
-    DownProjection,
-    KeyReconstruction,
-    LayerSpec,
-    Limits,
-    RotaryTable,
-    ScoreOptions,
-    Step,
-)
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter specialises nothing"
 )
 
-HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 6, 3, 64, 64
-LIMITS = Limits(256, 131_072, torch.device("cpu"))
 
-
-def _spec(rank_k: int, rank_v: int, **options: Any) -> LayerSpec:
-    """A layer of bfloat16 without anything special."""
-    defaults = {"dtype": torch.bfloat16, "cache_dtype": torch.bfloat16}
-    scores = ScoreOptions(0.1)
-    return LayerSpec(HEADS, KV_HEADS, rank_k, rank_v, **{"scores": scores, **defaults, **options})
-
-
-def _reconstruction(rank_k: int) -> KeyReconstruction:
-    rotary = RotaryTable.from_frequencies(torch.rand(HEAD_SIZE // 2), 256)
-    basis = torch.zeros(KV_HEADS, rank_k, HEAD_SIZE, dtype=torch.bfloat16)
-    return KeyReconstruction(basis, rotary)
-
-
-def _projection(rank_k: int, rank_v: int | None) -> DownProjection:
-    key, value = (
-        None if rank is None else torch.zeros(KV_HEADS, HEAD_SIZE, rank, dtype=torch.bfloat16)
-        for rank in (rank_k, rank_v)
-    )
-    assert key is not None
-    return DownProjection(key, value)
-
-
-def _coded(key: Code, value: Code, **options: Any) -> LayerSpec:
-    return _spec(
-        key.rank, value.rank, cache_dtype=torch.uint8, key_code=key, value_code=value, **options
-    )
-
-
-CODE = Code(eight=4, four=40, two=16, token_scale=True)
-LAYERS = {
-    "numbers": _spec(40, 48),
-    "odd ranks": _spec(33, 17),
-    "fp8": _spec(40, 48, cache_dtype=torch.uint8),
-    "reconstructed": _spec(40, 48, reconstruction=_reconstruction(40)),
-    "projected": _spec(40, 48, down_projection=_projection(40, 48)),
-    "projected keys": _spec(40, 48, down_projection=_projection(40, None)),
-    "window and slopes": _spec(
-        40, 48, scores=ScoreOptions(0.1, torch.rand(HEADS), sliding_window=1024, soft_cap=3.0)
-    ),
-    "codes": _coded(CODE, CODE),
-    "codes, reconstructed": _coded(CODE, CODE, reconstruction=_reconstruction(CODE.rank)),
-    "codes, projected": _coded(CODE, CODE, down_projection=_projection(CODE.rank, CODE.rank)),
-}
-
-
-def _batches() -> Iterator[tuple[list[int], list[int]]]:
-    """Cached tokens and queries of each sequence: decode, speculation, prompts, and all mixed."""
-    yield [1], [1]
-    yield [131_000], [1]
-    for count in (3, 16, 255, 256):
-        yield [1000 + i for i in range(count)], [1] * count
-    yield [131_000] + [1000] * 255, [1] * 256  # In parts, for the workspace has no room.
-    yield [700] * 5, [3] * 5
-    yield [17], [17]
-    yield [4000], [1024]
-    yield [90_000, 5, 2000, 1], [1, 5, 999, 1]
-
-
-def _rows(count: int, heads: int, size: int, dtype: torch.dtype, shift: int) -> torch.Tensor:
-    """`[count, heads, size]` as columns of a wider product; `shift` moves where they begin."""
-    wide = torch.zeros(count, heads * size + shift, dtype=dtype)
-    return wide[:, shift:].unflatten(1, (heads, size))
-
-
-def _serve(kernels: Any, layer: Any, lengths: list[int], queries: list[int], shift: int) -> None:
-    """One step, whose tensors begin `shift` elements behind the start of their buffers."""
-    spec, count, tokens = layer.spec, len(lengths), sum(queries)
-    starts = torch.tensor([0] * shift + [0, *itertools.accumulate(queries)], dtype=torch.int32)
-    tables = torch.zeros(count + shift, LIMITS.max_seq_len // BLOCK + shift, dtype=torch.int32)
-    step = Step(
-        query_start_loc=starts[shift:],
-        seq_lens=torch.tensor([0] * shift + lengths, dtype=torch.int32)[shift:],
-        block_table=tables[shift:],
-        num_actual_tokens=tokens,
-        max_query_len=max(queries),
-        max_seq_len=max(lengths),
-    )
-    width = spec.key_width + spec.value_width
-    cache = torch.zeros(3, KV_HEADS + shift, BLOCK, width, dtype=spec.cache_dtype)[:, :KV_HEADS]
-    sizes = spec.written_sizes
-    key, value = (_rows(tokens, KV_HEADS, size, spec.dtype, shift) for size in sizes)
-    slots = torch.zeros(tokens + shift, dtype=torch.int64)[shift:]
-    layer.write_cache(key, value, cache, slots)
-    query = _rows(tokens, HEADS, spec.query_size, spec.dtype, shift)
-    output = _rows(tokens, HEADS, spec.rank_v, spec.dtype, shift)
-    layer.attend(query, cache, output, kernels.plan(step, spec.plan_geometry(BLOCK)))
+def _serve(kernels: Any, layer: Any, given: Inputs) -> None:
+    """Write and attend."""
+    layer.write_cache(given.key, given.value, given.cache, given.slots)
+    plan = kernels.plan(given.step, layer.spec.plan_geometry(BLOCK))
+    layer.attend(given.query, given.cache, given.output, plan)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -135,8 +40,8 @@ def test_no_step_compiles(name: str) -> None:
         assert names.count(attention) == 2  # Decode and prefill.
         assert len(names) == 4, names
         compiled.clear()
-        for (lengths, queries), shift in itertools.product(_batches(), (0, 1)):
-            _serve(kernels, layer, lengths, queries, shift)
+        for (lengths, queries), shift in itertools.product(batches(), (0, 1)):
+            _serve(kernels, layer, inputs(layer.spec, lengths, queries, shift))
             assert compiled == [], (lengths, queries, shift)
 
 
@@ -147,10 +52,10 @@ def test_what_a_step_compiles_is_seen() -> None:
     with recorded() as compiled:
         kernels = GpuKernels()
         layer = kernels.prepare(LAYERS["numbers"])
-        _serve(kernels, layer, [3], [3], 0)
+        _serve(kernels, layer, inputs(layer.spec, [3], [3]))
         assert len(compiled) == 2  # A prompt of three tokens is decoded, in one split.
         kernels.warm_up(LIMITS, [layer], BLOCK)
         compiled.clear()
         other = kernels.prepare(replace(LAYERS["numbers"], rank_v=16))
-        _serve(kernels, other, [3], [3], 0)
+        _serve(kernels, other, inputs(other.spec, [3], [3]))
         assert compiled

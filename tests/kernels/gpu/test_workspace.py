@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.kernels.gpu.forbids import Forbids
 from vllm_eigen.checkpoint.codes import Code
 from vllm_eigen.kernels import Limits, PlanGeometry, ScoreOptions, Step
 from vllm_eigen.kernels.gpu import workspace
@@ -62,20 +62,6 @@ def test_parts_cover_all_sequences_within_the_bound(
         assert 4 * prod(shape) * (width + 2) <= reserved
     assert end == num_seqs
     assert made.num_bytes == reserved
-
-
-class Forbids(TorchDispatchMode):
-    """Fails where anything is allocated, computed or read back: only views may be taken."""
-
-    VIEWS = ("view", "slice", "select", "as_strided", "alias", "detach", "view_as", "transpose")
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> torch.Tensor:
-        name = func.overloadpacket.__name__
-        assert name in self.VIEWS, f"{name} is called in a step"
-        found: torch.Tensor = func(*args, **(kwargs or {}))
-        return found
 
 
 def test_what_the_mode_forbids() -> None:

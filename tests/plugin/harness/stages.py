@@ -86,7 +86,8 @@ def _step(model: Any, config: Any, prompt: list[int], stage: int) -> Any:
     from vllm.sequence import IntermediateTensors
 
     from vllm_eigen.kernels import Step
-    from vllm_eigen.plugin.backend import EigenAttention, EigenMetadata
+    from vllm_eigen.plugin.attention import EigenAttention
+    from vllm_eigen.plugin.backend import EigenMetadata
 
     tokens = len(prompt)
     blocks = -(-tokens // BLOCK)

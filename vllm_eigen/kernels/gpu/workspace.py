@@ -5,6 +5,9 @@ A row is one (sequence, query, head, split). Their number is known on the device
 host knows is an upper bound, which for many sequences and long contexts is gigabytes. So a step's
 sequences are served some at a time where they need more than MAX_BYTES. What is computed of a
 sequence does not depend on that.
+
+A model has one, though vLLM makes a metadata builder for each group of equal pages: their layers
+run one after the other, and one each would take as often MAX_BYTES. Builders reserve it.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from vllm_eigen.kernels import (
     Step,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECONDS = 1100
 
 
@@ -58,7 +58,7 @@ class Kernels:
 def test_vllm_resolves_cuda_graphs(kernels: str, support: str, mode: str) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.plugin.faked_cuda"],
+        [sys.executable, "-m", "tests.plugin.cuda.faked_cuda"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "EIGEN_KERNELS": kernels},
         capture_output=True,
