@@ -19,6 +19,7 @@ from vllm_eigen.kernels import (
     PreparedLayer,
     ScoreOptions,
 )
+from vllm_eigen.plugin.register import BACKEND_NAME
 from vllm_eigen.plugin.step_planner import StepPlanner
 from vllm_eigen.plugin.vllm_api import (
     AttentionBackend,
@@ -232,8 +233,8 @@ class EigenAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """A member of vLLM's table of backends; third parties share `CUSTOM`."""
-        return "CUSTOM"
+        """What `register` enters into vLLM's table of backends."""
+        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[EigenAttentionImpl]:

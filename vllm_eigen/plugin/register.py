@@ -11,6 +11,9 @@ from vllm_eigen.checkpoint.families import FAMILIES
 from vllm_eigen.common.errors import EngineError
 from vllm_eigen.plugin.vllm_version import check_vllm_version
 
+BACKEND_NAME = "EIGEN"
+BACKEND = "vllm_eigen.plugin.backend.EigenAttentionBackend"
+
 
 def register() -> None:
     """Make vLLM know every Eigen architecture and the Eigen attention backend.
@@ -26,9 +29,11 @@ def register() -> None:
         return
 
     from vllm import ModelRegistry
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    register_backend(AttentionBackendEnum.CUSTOM, "vllm_eigen.plugin.backend.EigenAttentionBackend")
+    # A second registration is an error. `CUSTOM` is left to other plugins: all share that one name.
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        AttentionBackendEnum.register(BACKEND_NAME, BACKEND)
     # vLLM dropped MPT; without it there would be no base model to compare with.
     for name in ("MptForCausalLM", "MPTForCausalLM"):
         ModelRegistry.register_model(name, "vllm_eigen.plugin.mpt:MPTForCausalLM")

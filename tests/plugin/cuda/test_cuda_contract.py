@@ -80,6 +80,20 @@ def test_block_size(default: int, size: int) -> None:
     assert EigenAttentionBackend.get_preferred_block_size(default) == size
 
 
+def test_the_backend_has_a_name_of_its_own() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_eigen.plugin.backend import EigenAttentionBackend
+    from vllm_eigen.plugin.register import register
+
+    register()
+    register()
+    member = AttentionBackendEnum[EigenAttentionBackend.get_name()]
+    assert member.name == "EIGEN"
+    assert member.get_class() is EigenAttentionBackend
+    assert not AttentionBackendEnum.CUSTOM.is_overridden()
+
+
 def _builder(kernels: Kernels) -> Any:
     from vllm_eigen.plugin.backend import EigenMetadataBuilder
     from vllm_eigen.plugin.step_planner import StepPlanner
