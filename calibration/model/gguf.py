@@ -105,7 +105,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     model.config._name_or_path = ""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, **where)
     if (adds := _adds_bos(file)) is not None:
         tokenizer.add_bos_token = adds
     return tokenizer, model
