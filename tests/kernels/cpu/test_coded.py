@@ -37,7 +37,7 @@ def kernels(isa: str) -> Kernels:
 def test_agrees_with_float64(isa: str, case: Case) -> None:
     problem = make(case)
     found = run(kernels(isa), problem, free_outside_window=True)
-    limit = tolerance(case, rounds_keys=isa == "avx512bf16", in_integers=True)
+    limit = tolerance(case, rounds_keys=isa in ("amx", "avx512bf16"), in_integers=True)
     np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=limit)
 
 

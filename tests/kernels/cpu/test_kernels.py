@@ -36,7 +36,7 @@ def kernels(isa: str = ISAS[0]) -> Kernels:
 def test_agrees_with_float64(isa: str, case: Case) -> None:
     problem = make(case)
     found = run(kernels(isa), problem, free_outside_window=True)
-    limit = tolerance(case, rounds_keys=isa == "avx512bf16")
+    limit = tolerance(case, rounds_keys=isa in ("amx", "avx512bf16"))
     np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=limit)
 
 

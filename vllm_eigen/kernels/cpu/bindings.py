@@ -31,6 +31,9 @@ class Library:
         Raises:
             KernelError: it cannot be built or loaded here, or is not the one Python expects.
         """
+        # This also asks for what the level needs of the operating system.
+        if isa not in (supported := build.supported_isas()):
+            raise KernelError(f"{isa} does not run here; choose one of {', '.join(supported)}")
         path = build.compiled(isa, extra_flags)
         try:
             self._functions = ctypes.CDLL(str(path))
@@ -51,6 +54,8 @@ class Library:
         """Whether keys of a bfloat16 cache are reconstructed in bfloat16, otherwise in float32."""
         self.multiplies_bytes = bool(described["multiplies bytes"])
         """Whether bfloat16 keys of a coded cache are reconstructed in integers."""
+        self.tile_units = described["units of a tile"]
+        """Units of a row of a matrix unit's operand; 1 without matrix units."""
 
     def describe(self) -> dict[str, int]:
         """Constants and structure sizes that the library was compiled with."""

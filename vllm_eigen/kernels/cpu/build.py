@@ -9,8 +9,10 @@ g++.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -31,9 +33,11 @@ LOCK_SECONDS = 300.0
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AVX512_BF16 = (*_AVX2, *_AVX512, "avx512_bf16", "avx512_vnni")
 # Best first: name -> processor flags needed, as /proc/cpuinfo spells them.
 ISA_LEVELS: dict[str, tuple[str, ...]] = {
-    "avx512bf16": (*_AVX2, *_AVX512, "avx512_bf16", "avx512_vnni"),
+    "amx": (*_AVX512_BF16, "amx_tile", "amx_int8", "amx_bf16"),
+    "avx512bf16": _AVX512_BF16,
     "avx512": (*_AVX2, *_AVX512),
     "avx2": _AVX2,
     "portable": (),
@@ -53,7 +57,17 @@ def supported_isas() -> list[str]:
         text = ""
     found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     flags = set(found.group(1).split()) if found else set()
+    if not _may_use_tiles():
+        flags.discard("amx_tile")
     return [name for name, needed in ISA_LEVELS.items() if flags.issuperset(needed)]
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for the tiles of AMX, for all threads of this process; older kernels refuse."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    if platform.machine() != "x86_64":
+        return False
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def chosen_isa() -> str:
@@ -129,7 +143,10 @@ def _run(*command: str) -> None:
 
 
 def _isa_flags(isa: str) -> tuple[str, ...]:
-    return tuple("-m" + flag.replace("_", "") for flag in ISA_LEVELS[isa])
+    """As gcc spells them: -mavx512bf16, but -mamx-tile."""
+    return tuple(
+        "-m" + flag.replace("_", "-" if flag.startswith("amx") else "") for flag in ISA_LEVELS[isa]
+    )
 
 
 def _fingerprint(flags: tuple[str, ...], runtime: str | None) -> str:

@@ -63,6 +63,7 @@ class CpuKernels:
                 dtype=layer.dtype,
                 queries_per_head=layer.num_heads // layer.num_key_heads,
                 integers_for=code if self._bindings.multiplies_bytes else None,
+                tile_units=self._bindings.tile_units,
             )
             packed = pack(layer.reconstruction, target, self._tables[rotary])
         return CpuLayer.make(layer, self._bindings, packed)

@@ -35,12 +35,14 @@ class Target:
     in_bf16: keys are reconstructed in bfloat16, otherwise in float32.
     dtype: of the queries. queries_per_head: query heads that share a reconstructed one.
     integers_for: the latents' code, where keys are reconstructed in integers; otherwise None.
+    tile_units: units of a row of a matrix unit's operand; 1 without matrix units.
     """
 
     in_bf16: bool
     dtype: torch.dtype
     queries_per_head: int
     integers_for: Code | None = None
+    tile_units: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +147,7 @@ def pack(
     depth[-1] = basis.shape[2]
     integers = None
     if code is not None:
-        integers = IntegerRows.of(basis, code)
+        integers = IntegerRows.of(basis, code, target.tile_units)
         basis = integers.basis
     elif target.in_bf16:
         basis = functional.pad(basis, (0, basis.shape[2] % 2)).bfloat16()

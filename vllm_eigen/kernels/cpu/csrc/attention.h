@@ -25,6 +25,7 @@ Error attend(const AttendArgs& a, const Plan& plan) {
     if (!workspace.divide(&buffers, call)) out_of_memory = true;
 #pragma omp barrier
     if (!out_of_memory) {
+      [[maybe_unused]] const Tiles tiles;
       Worker<R> worker(call, buffers, partials);
 #pragma omp for schedule(dynamic, 1)
       for (int i = 0; i < count; ++i) worker.compute(plan.items[i]);

@@ -77,6 +77,7 @@ constexpr Constant kConstants[] = {
     {"row multiple", kAbsorbRowMultiple},
     {"reconstructs bfloat16", Bfloat16::Reconstructed::pack == 2},
     {"multiplies bytes", kSums == 2},
+    {"units of a tile", kHasTiles ? kTile : 1},
     {nullptr, 0},
 };
 

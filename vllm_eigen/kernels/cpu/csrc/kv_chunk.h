@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "multiply.h"
 #include "plain/block.h"
 #include "softmax.h"
@@ -16,7 +17,10 @@ namespace vllm_eigen {
 
 constexpr int kKvChunk = 256;
 constexpr int kAlign = 16;     // runs of tokens inside a block start and end at multiples of this
-constexpr int kTileRows = 24;  // query rows that share a pass over the keys: fits L1, fills tiles
+// Query rows that share a pass over the keys: they fit L1 and fill registers or tiles.
+constexpr int kTileRows = kHasTiles ? 2 * kTile : 24;
+// Rows of a left operand past the last: they are read, and what they give is not used.
+constexpr int kUnusedRows = kHasTiles ? kTile - 1 : 0;
 
 // Where K of some consecutive tokens lies: a block, or a buffer of reconstructed keys.
 template <class E>
@@ -61,6 +65,41 @@ void score_run(const uint32_t* queries, int64_t query_stride, int rows, const Ke
   for (; t + narrow * W <= keys.tokens; t += narrow * W)
     tile(Const<narrow>{}, t, rows_for(narrow));
   for (; t < keys.tokens; t += W) tile(Const<1>{}, t, rows_for(1));
+}
+
+// The same on matrix units where the machine has them, for keys of bfloat16 without a single
+// dimension. Every row is computed so, whatever `rows` is: its bits depend on itself alone. Queries
+// of up to 16 rows past the last are read.
+template <class E>
+void score_run_tiles(const uint32_t* queries, int64_t query_stride, int rows,
+                     const KeyRun<E>& keys, float* scores) {
+#if defined(__AMX_INT8__)
+  if constexpr (E::pack == 2) {
+    const int units = keys.units / kTile * kTile;
+    TileSums sums;
+    for (int r = 0; r < rows; r += 2 * kTile) {
+      const uint32_t* first = queries + r * query_stride;
+      const uint32_t* second = rows - r > kTile ? first + kTile * query_stride : first;
+      for (int t = 0; t < keys.tokens; t += kTileColumns) {
+        const auto* right = reinterpret_cast<const uint32_t*>(keys.first) + t;
+        multiply_tiles<Bfloat16Pairs>(first, second, query_stride, right, keys.stride / 2, units,
+                                      sums);
+        const int vectors = std::min(kTileColumns, keys.tokens - t) / W;
+        for (int i = 0; i < std::min(2 * kTile, rows - r); ++i) {
+          for (int v = 0; v < vectors; ++v) {
+            F c[1][1] = {{sums.row<F>(i / kTile, v, i % kTile)}};
+            multiply<E, 1, 1>(c, first + i * query_stride + units, query_stride,
+                              keys.first + units * keys.stride + (t + v * W) * E::pack,
+                              keys.stride, keys.units - units);
+            store(scores + (r + i) * kKvChunk + t + v * W, c[0][0]);
+          }
+        }
+      }
+    }
+    return;
+  }
+#endif
+  score_run<E>(queries, query_stride, rows, keys, scores);
 }
 
 // acc[row][d] += sum of probs[row][unit] * values[unit][d] over `units` token units; rows of

@@ -85,10 +85,12 @@ class Plan {
       work += (rows + kTileRows - 1) / kTileRows * num_key_heads * chunks(s);
     }
     const int64_t target = work / (32 * threads);  // tiles x chunks an item may hold
-    // Reconstructing keys pays off over many rows, as long as every thread has some.
+    // Reconstructing keys, or taking codes apart, pays off over many rows, as long as every thread
+    // has some.
     const int64_t share = all_rows / (4 * threads) / kTileRows * kTileRows;
-    const int item_rows =
-        reconstructs ? static_cast<int>(std::clamp<int64_t>(share, 4 * kTileRows, 1024)) : kTileRows;
+    const int least = reconstructs ? 4 * kTileRows : kTileRows;
+    const int most = reconstructs ? 1024 : kHasTiles ? 256 : kTileRows;
+    const int item_rows = static_cast<int>(std::clamp<int64_t>(share, least, most));
     for (int s = 0; s < static_cast<int>(sequences.size()); ++s) {
       const int rows = sequences[s].num_tokens * group, last = chunks(sequences[s]);
       if (rows <= kTileRows && last > target && last > 1) {

@@ -94,6 +94,20 @@ VLLM_EIGEN_INLINE void unrotated(const ReconstructArgs& a, int64_t row, int pair
   }
 }
 
+// x and y, a pair of the keys of W tokens from `position` on, rotated and stored.
+template <class K>
+VLLM_EIGEN_INLINE void store_rotated(const ReconstructArgs& a, F x, F y, int64_t position, int pair,
+                                     typename K::Storage* keys, int64_t row_stride) {
+  F rotated_x = x, rotated_y = y;
+  if (pair < a.rotary_pairs) {
+    const float* cos_sin = cos_sin_at(a, position, pair);
+    const F cos = load<F>(cos_sin), sin = load<F>(cos_sin + kTableTokens);
+    rotated_x = fma(x, cos, -(y * sin));
+    rotated_y = fma(y, cos, x * sin);
+  }
+  K::store_pair(rotated_x, rotated_y, keys, row_stride);
+}
+
 // Pairs [pair, pair + P) of a head for NV vectors of tokens.
 template <class K, int P, int NV, class M>
 VLLM_EIGEN_INLINE void reconstruct_pairs(const ReconstructArgs& a, int head, float k_scale,
@@ -103,18 +117,43 @@ VLLM_EIGEN_INLINE void reconstruct_pairs(const ReconstructArgs& a, int head, flo
   unrotated(a, head * 2 * a.pairs + 2 * pair, pair, k_scale, latents, c);
   VLLM_EIGEN_UNROLL for (int p = 0; p < P; ++p) {
     auto* out = keys + (pair + p) * (2 / K::pack) * row_stride;
-    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
-      const F x = c[2 * p][v], y = c[2 * p + 1][v];
-      F rotated_x = x, rotated_y = y;
-      if (pair + p < a.rotary_pairs) {
-        const float* cos_sin = cos_sin_at(a, position + v * W, pair + p);
-        const F cos = load<F>(cos_sin), sin = load<F>(cos_sin + kTableTokens);
-        rotated_x = fma(x, cos, -(y * sin));
-        rotated_y = fma(y, cos, x * sin);
-      }
-      K::store_pair(rotated_x, rotated_y, out + v * W * K::pack, row_stride);
-    }
+    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v)
+      store_rotated<K>(a, c[2 * p][v], c[2 * p + 1][v], position + v * W, pair + p,
+                       out + v * W * K::pack, row_stride);
   }
+}
+
+// Whether latents of type M are multiplied on matrix units, by reconstruct_on_tiles.
+template <class M>
+constexpr bool kOnTiles = false;
+
+template <class K, int NV, class M, class Fn>
+void reconstruct_on_tiles(const ReconstructArgs& a, int head, int pairs, const KeyRun<M>& latents,
+                          int64_t position, typename K::Storage* keys, int64_t row_stride,
+                          int parts, Fn&& fetch);
+
+// The first `pairs` pairs of a head for NV vectors of tokens. Between them fetch(0) .. fetch(parts -
+// 1) are called.
+template <class K, int NV, class M, class Fn>
+VLLM_EIGEN_INLINE void reconstruct_panel(const ReconstructArgs& a, int head, int pairs, float k_scale,
+                                         const KeyRun<M>& latents, int64_t position,
+                                         typename K::Storage* keys, int64_t row_stride, int parts,
+                                         Fn&& fetch) {
+  if constexpr (kOnTiles<M>) {
+    reconstruct_on_tiles<K, NV>(a, head, pairs, latents, position, keys, row_stride, parts, fetch);
+    return;
+  }
+  const auto some = [&](auto count, int pair) {
+    reconstruct_pairs<K, decltype(count)::value, NV>(a, head, k_scale, latents, position, pair,
+                                                     keys, row_stride);
+  };
+  int pair = 0;
+  for (int part = 0; pair + kPairsAtOnce <= pairs; pair += kPairsAtOnce, ++part) {
+    fetch(part);
+    some(Const<kPairsAtOnce>{}, pair);
+  }
+  if (pair < pairs)
+    with_rows<kPairsAtOnce, 1>(pairs - pair, [&](auto count) { some(count, pair); });
 }
 
 // Memory that is read soon is fetched a part at a time, while products keep the machine busy. These
@@ -145,30 +184,24 @@ void reconstruct_keys(const ReconstructArgs& a, int head, int pairs, float k_sca
                   const Run& latents, int64_t position, typename K::Storage* keys,
                   int64_t row_stride, float* panel, const Values& values, const Run& next,
                   Fn&& also) {
-  constexpr int most_vectors = kPanelTokens / W, most_pairs = kPairsAtOnce;
-  const int parts = std::max(1, pairs / most_pairs);  // of a panel, between which to fetch
+  constexpr int most_vectors = kPanelTokens / W;
+  const int parts = std::max(1, pairs / kPairsAtOnce);  // of a panel, between which to fetch
   const int row_share = (latents.units + parts - 1) / parts;
   const int64_t value_share = (kPanelTokens * values.token_bytes + parts - 1) / parts;
   const auto one_panel = [&](auto vectors, int t) {
     constexpr int NV = decltype(vectors)::value;
     const KeyRun<M> run = staged<M, NV>(latents, t, panel);
-    auto* out = keys + static_cast<int64_t>(t) * K::pack;
-    const auto some = [&](auto count, int pair) {
-      reconstruct_pairs<K, decltype(count)::value, NV>(a, head, k_scale, run, position + t, pair,
-                                                       out, row_stride);
-    };
     const bool is_last = t + NV * W >= latents.tokens;
     const char* value = values.first + t * values.token_bytes;
-    int pair = 0;
-    for (int part = 0; pair + most_pairs <= pairs; pair += most_pairs, ++part) {
+    const auto fetch_part = [&](int part) {
       fetch_latents(is_last ? next : latents, is_last ? 0 : t + NV * W, NV * W, part * row_share,
                     (part + 1) * row_share);
       fetch(value, part * value_share,
             std::min((part + 1) * value_share, NV * W * values.token_bytes));
-      some(Const<most_pairs>{}, pair);
-    }
-    if (pair < pairs)
-      with_rows<most_pairs, 1>(pairs - pair, [&](auto count) { some(count, pair); });
+    };
+    reconstruct_panel<K, NV>(a, head, pairs, k_scale, run, position + t,
+                             keys + static_cast<int64_t>(t) * K::pack, row_stride, parts,
+                             fetch_part);
     also(run, t);
   };
   int t = 0;

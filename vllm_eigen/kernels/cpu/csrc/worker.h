@@ -13,6 +13,7 @@ namespace vllm_eigen {
 //   Absorbing                what absorbed queries are made in
 //   Run, run(..)             K of some tokens of a block
 //   put_query, score         a query row as it meets the cache itself, and its scores
+//   stage                    what is read of a chunk once for many rows, see tiles.h
 //   reconstruct              keys of a run, for queries that meet reconstructed ones, and the
 //                            products of absorbed queries (put_absorbed) with its latents
 //   softmax, values          probabilities of a tile's row, and their sums with the values
@@ -70,7 +71,7 @@ struct WorkerBuffers {
     states = arena.take<SoftmaxState>(rows);
     tile_states = arena.take<SoftmaxState>(kTileRows);
     if (!call.reconstruct) return;
-    queries = arena.take<uint32_t>(rows * call.query_units);
+    queries = arena.take<uint32_t>((rows + kUnusedRows) * call.query_units);
     keys = arena.take<typename Keys::Storage>(static_cast<int64_t>(call.query_units) * kKvChunk
                                               * Keys::pack);
     if (call.absorb)
@@ -105,6 +106,7 @@ class Worker {
     }
     for (int c = item.first_chunk; c < item.last_chunk; ++c) {
       if (c_.reconstruct) reconstruct_chunk(item, c);
+      if (is_staged(item)) stage_chunk(item, c);
       for (int r = 0; r < item.rows; r += kTileRows) {
         const int rows = std::min(kTileRows, item.rows - r);
         SoftmaxState* states = is_split ? partials_.states + item.partial + r : b_.tile_states;
@@ -212,6 +214,17 @@ class Worker {
     return reader_.run(block_of(item, position), inside, c_.plan.block_size - inside);
   }
 
+  // Whether there are rows enough to take codes apart once for all of them. The sums are the same.
+  static bool is_staged(const WorkItem& item) { return R::stages && item.rows >= kTile; }
+
+  void stage_chunk(const WorkItem& item, int chunk) {
+    const Bounds b = bounds(item, 0, item.rows, chunk);
+    if (b.begin >= b.end) return;
+    reader_.stage(!c_.reconstruct, [&](auto&& f) {
+      each_block(item, chunk, b.begin / kAlign * kAlign, (b.end + kAlign - 1) / kAlign * kAlign, f);
+    });
+  }
+
   // Whether only fast pairs are reconstructed: they are for the only query token of a step.
   bool absorbs(const WorkItem& item) const { return c_.absorb && sequence(item).num_tokens == 1; }
   int pairs_reconstructed(const WorkItem& item) const {
@@ -254,13 +267,13 @@ class Worker {
       const uint32_t* queries = b_.queries + static_cast<int64_t>(row) * c_.query_units;
       const KeyRun<Keys> run{b_.keys + begin * Keys::pack, nullptr, kKvChunk * Keys::pack,
                              2 * pairs_reconstructed(item) / Keys::pack, end - begin};
-      score_run<Keys>(queries, c_.query_units, rows, run, b_.scores + begin);
+      score_run_tiles<Keys>(queries, c_.query_units, rows, run, b_.scores + begin);
       if (absorbs(item))
         add_absorbed_scores(*c_.absorb, item.rows, row, rows, begin, end, b_.absorb, b_.scores);
     } else {
-      each_block(item, chunk, begin, end, [&](const Storage* block, int inside, int from, int to) {
-        reader_.score(row, rows, reader_.run(block, inside, to - from), b_.scores + from);
-      });
+      reader_.score(
+          is_staged(item), row, rows, begin, end,
+          [&](auto&& f) { each_block(item, chunk, begin, end, f); }, b_.scores);
     }
     const LayerArgs& layer = c_.layer;
     const float k_scale = c_.reconstruct ? 1.0f : reader_.k_scale();
@@ -273,7 +286,7 @@ class Worker {
       states[i] = reader_.softmax(i, options, b_.scores + i * kKvChunk, begin, end);
     }
     reader_.values(
-        rows, [&](int i, int count) { return bounds(item, row + i, count, chunk); },
+        is_staged(item), rows, [&](int i, int count) { return bounds(item, row + i, count, chunk); },
         [&](int from, int to, auto&& f) { each_block(item, chunk, from, to, f); }, acc);
   }
 

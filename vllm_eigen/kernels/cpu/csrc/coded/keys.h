@@ -24,15 +24,21 @@ struct CodedQueries {
   };
 
   CodedQueries() = default;
-  CodedQueries(Arena& arena, const Sections& code, int64_t rows)
-      : half((code.rank + W) / 4),  // a width's last vector may reach past it
-        numbers(arena.take<uint32_t>(rows * 2 * half)),
-        factors(arena.take<Factors>(rows)) {}
+  CodedQueries(Arena& arena, const Sections& code, int64_t rows) : half(0) {
+    for (int s = 0; s < kWidths; ++s) {
+      first[s] = half;
+      half += kHasTiles ? in_tiles(code.of[s].count / 4) : code.of[s].count / 4;
+    }
+    half += W / 4;  // a width's last vector may reach past it
+    numbers = arena.take<uint32_t>((rows + kUnusedRows) * 2 * half);
+    factors = arena.take<Factors>(rows);
+  }
 
   uint32_t* row(int i) const { return numbers + static_cast<int64_t>(i) * 2 * half; }
 
-  int half;           // units of the first, then of the second kind (integer.h)
-  uint32_t* numbers;  // [rows][2 * half]
+  int half;            // units of the first, then of the second kind (integer.h)
+  int first[kWidths];  // unit of each width, whole tiles where the machine has them
+  uint32_t* numbers;   // [rows][2 * half]
   Factors* factors;   // [rows]
 };
 
@@ -53,13 +59,14 @@ template <bool fine>
 void quantize_query(const Sections& code, const float* x, const CodedQueries& queries,
                            int i) {
   auto& factors = queries.factors[i];
+  if (kHasTiles) std::fill_n(queries.row(i), 2 * queries.half, 0u);
   each_below<kWidths>([&](auto width_index) {
     constexpr int s = decltype(width_index)::value;
     constexpr bool in_bytes = kInBytes<fine, kWidth[s]>;
     constexpr int most_number = in_bytes ? 127 : kLargestSigned;
     const Section& section = code.of[s];
     const float* from = x + section.first;
-    uint32_t* first = queries.row(i) + section.first / 4;
+    uint32_t* first = queries.row(i) + queries.first[s];
     F largest{}, check{};
     for (int d = 0; d < section.count; d += W) {
       const F some = load_first<F>(from + d, std::min(W, section.count - d));
@@ -92,7 +99,7 @@ VLLM_EIGEN_INLINE void score_tile(const CodedQueries& queries, int row, int s, c
                                   const uint8_t* keys, int64_t stride, bool is_first,
                                   float* scores) {
   U sums[MR][NV][kSums] = {};
-  const uint32_t* q = queries.row(row) + section.first / 4;
+  const uint32_t* q = queries.row(row) + queries.first[s];
   const int64_t q_stride = 2 * queries.half;
   const int units = section.units();
   for (int u = 0; u < units; ++u, keys += stride, q += 8 / width) {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "reconstruct.h"
-#include "values.h"
+#include "tiles.h"
 
 namespace vllm_eigen {
 
@@ -22,8 +22,9 @@ class CodedReader {
         padded_((layout_.value.rank + W - 1) / W * W),
         weights_(arena, layout_.value, kTileRows),
         probs_(arena.take<float>(kTileRows * kKvChunk)) {
+    if (stages) staged_ = StagedCodes(arena, layout_.key, layout_.value, !layer.reconstruct);
     if (const ReconstructArgs* r = layer.reconstruct) {
-      panel_ = arena.take<float>(static_cast<int64_t>(layout_.key.rank) * kPanelTokens);
+      panel_ = arena.take<float>(static_cast<int64_t>(in_tiles(layout_.key.rank)) * kPanelTokens);
       if (r->absorb)
         queries_ = CodedQueries(arena, layout_.key,
                                 layer.num_heads / r->num_heads * r->absorb->num_functions);
@@ -45,8 +46,33 @@ class CodedReader {
             4 * static_cast<int64_t>(layout_.block_size), layout_.key.code_bytes / 4, tokens};
   }
 
-  void score(int row, int rows, const Run& run, float* scores) const {
-    score_as<true>(row, rows, run, scores);
+  static constexpr bool stages = kHasTiles;
+  template <class Blocks>
+  void stage(bool with_keys, Blocks&& blocks) const {
+#if defined(__AMX_INT8__)
+    blocks([&](const Storage* block, int inside, int from, int to) {
+      if (with_keys) stage_keys(run(block, inside, to - from), from, staged_);
+      stage_values(layout_, block, inside, from, to - from, staged_);
+    });
+#endif
+  }
+
+  template <class Blocks>
+  void score(bool is_staged, int row, int rows, int begin, int end, Blocks&& blocks,
+             float* scores) const {
+#if defined(__AMX_INT8__)
+    if (is_staged) {
+      score_staged(queries_, layout_.key, staged_, row, rows, begin, end, scores);
+      if (layout_.key.has_scale)
+        blocks([&](const Storage* block, int inside, int from, int to) {
+          scale_scores(rows, run(block, inside, to - from), scores + from);
+        });
+      return;
+    }
+#endif
+    blocks([&](const Storage* block, int inside, int from, int to) {
+      score_as<true>(row, rows, run(block, inside, to - from), scores + from);
+    });
   }
 
   void put_absorbed(int count, const AbsorbBuffers& buffers) const {
@@ -81,18 +107,24 @@ class CodedReader {
   }
 
   template <class Bounds, class Blocks>
-  void values(int rows, Bounds&& bounds, Blocks&& blocks, float* acc) const {
+  void values(bool is_staged, int rows, Bounds&& bounds, Blocks&& blocks, float* acc) const {
     const auto b = bounds(0, rows);
     const int begin = b.begin / kAlign * kAlign, end = (b.end + kAlign - 1) / kAlign * kAlign;
     if (layout_.value.has_scale)
       blocks(begin, end, [&](const Storage* block, int inside, int from, int to) {
         for (int i = 0; i < rows; ++i) apply_scales(block, inside, from, to, i, bounds(i, 1));
       });
+    if (is_staged) std::fill_n(weights_.row(0), rows * 2 * CodedWeights::kUnits, 0u);
     for (int i = 0; i < rows; ++i) quantize_weights(probs(i), begin, end, weights_, i);
-    std::fill_n(weights_.sums, static_cast<size_t>(rows) * weights_.row_sums, 0u);
-    blocks(begin, end, [&](const Storage* block, int inside, int from, int to) {
-      add_codes(layout_, weights_, 0, rows, block, inside, from, to - from);
-    });
+#if defined(__AMX_INT8__)
+    if (is_staged) sum_staged(layout_.value, staged_, weights_, rows);
+#endif
+    if (!is_staged) {
+      std::fill_n(weights_.sums, static_cast<size_t>(rows) * weights_.row_sums, 0u);
+      blocks(begin, end, [&](const Storage* block, int inside, int from, int to) {
+        add_codes(layout_, weights_, 0, rows, block, inside, from, to - from);
+      });
+    }
     for (int i = 0; i < rows; ++i)
       sums_to_values(layout_.value, weights_, i, acc + static_cast<int64_t>(i) * padded_);
   }
@@ -122,6 +154,7 @@ class CodedReader {
   int padded_;  // rank_v in whole vectors
   CodedQueries queries_;  // or absorbed ones
   CodedWeights weights_;
+  StagedCodes staged_;
   float *probs_, *panel_;
 };
 

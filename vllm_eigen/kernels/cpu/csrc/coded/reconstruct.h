@@ -72,6 +72,22 @@ VLLM_EIGEN_INLINE void multiply_bytes(U (&sums)[R][NV], const uint32_t* rows, in
     VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = c[r][v];
 }
 
+// Row `row` of W keys from `token` on, of what its products with codes come to.
+template <class M>
+VLLM_EIGEN_INLINE F key_of_sums(const ReconstructArgs& a, int64_t row, const KeyRun<M>& latents,
+                                int token, U sum, U low_sum) {
+  const float scale = a.row_scale[row], above = a.row_offset[row];
+  const float offset = a.offset ? a.offset[row] : 0.0f;
+  if constexpr (M::is_plain) {
+    const F product = __builtin_convertvector((I)sum, F);
+    return fma(product, splat(scale), splat(offset - above * scale));
+  } else {
+    const I whole = (I)sum + (((I)low_sum + kSignedBase / 2) >> 7);
+    const F product = __builtin_convertvector(whole, F) - above;
+    return fma(product, factor_of(latents, token, 1.0f) * scale, splat(offset));
+  }
+}
+
 template <class M, int R, int NV>
 VLLM_EIGEN_INLINE void unrotated_bytes(const ReconstructArgs& a, int64_t row,
                                        const KeyRun<M>& latents, F (&c)[R][NV]) {
@@ -80,21 +96,54 @@ VLLM_EIGEN_INLINE void unrotated_bytes(const ReconstructArgs& a, int64_t row,
   U low_sums[R][NV] = {}, sums[R][NV] = {};
   if (!M::is_plain) multiply_bytes(low_sums, rows, units, latents.first, latents.stride, low);
   multiply_bytes(sums, rows + low, units, latents.first, latents.stride, latents.units);
-  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r) {
-    const float scale = a.row_scale[row + r], above = a.row_offset[row + r];
-    const float offset = a.offset ? a.offset[row + r] : 0.0f;
-    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
-      if constexpr (M::is_plain) {
-        const F sum = __builtin_convertvector((I)sums[r][v], F);
-        c[r][v] = fma(sum, splat(scale), splat(offset - above * scale));
-      } else {
-        const I whole = (I)sums[r][v] + (((I)low_sums[r][v] + kSignedBase / 2) >> 7);
-        const F sum = __builtin_convertvector(whole, F) - above;
-        c[r][v] = fma(sum, factor_of(latents, v * W, 1.0f) * scale, splat(offset));
+  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
+    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v)
+      c[r][v] = key_of_sums(a, row + r, latents, v * W, sums[r][v], low_sums[r][v]);
+}
+
+#if defined(__AMX_INT8__)
+template <>
+constexpr bool kOnTiles<CodeBytes> = true;
+template <>
+constexpr bool kOnTiles<FewBits> = true;
+
+// On matrix units, 16 pairs at once: rows of the basis are whole tiles there (low_units too).
+template <class K, int NV, class M, class Fn>
+void reconstruct_on_tiles(const ReconstructArgs& a, int head, int pairs, const KeyRun<M>& latents,
+                          int64_t position, typename K::Storage* keys, int64_t row_stride,
+                          int parts, Fn&& fetch) {
+  const int low = M::is_plain ? 0 : static_cast<int>(a.low_units);
+  const int high = in_tiles(latents.units), units = low + high;
+  TileSums sums, low_sums;
+  for (int part = 0; part < parts; ++part) fetch(part);
+  for (int pair = 0; pair < pairs; pair += kTile) {
+    const int64_t first_row = head * 2 * a.pairs + 2 * pair;
+    const uint32_t* rows = a.basis + first_row * units;
+    for (int v0 = 0; v0 < NV; v0 += 2) {
+      const uint32_t* codes = latents.first + v0 * W;
+      if (low > 0)
+        multiply_tiles<UnsignedBytes>(rows, rows + kTile * units, units, codes, latents.stride, low,
+                                      low_sums);
+      multiply_tiles<UnsignedBytes>(rows + low, rows + low + kTile * units, units, codes,
+                                    latents.stride, high, sums);
+      for (int p = 0; p < std::min(kTile, pairs - pair); ++p) {
+        auto* out = keys + (pair + p) * (2 / K::pack) * row_stride;
+        for (int v = 0; v < std::min(2, NV - v0); ++v) {
+          F c[2];
+          for (int r = 0; r < 2; ++r) {
+            const int i = 2 * p + r;
+            c[r] = key_of_sums(a, first_row + i, latents, (v0 + v) * W,
+                               sums.row<U>(i / kTile, v, i % kTile),
+                               low > 0 ? low_sums.row<U>(i / kTile, v, i % kTile) : U{});
+          }
+          store_rotated<K>(a, c[0], c[1], position + (v0 + v) * W, pair + p,
+                           out + (v0 + v) * W * K::pack, row_stride);
+        }
       }
     }
   }
 }
+#endif
 
 // As for plain latents.
 template <int R, int NV>

@@ -46,9 +46,16 @@ class PlainReader {
             layout_.full_units(), tokens};
   }
 
-  void score(int row, int rows, const Run& run, float* scores) const {
-    score_run<E>(queries_ + static_cast<int64_t>(row) * query_units_, query_units_, rows, run,
-                 scores);
+  static constexpr bool stages = false;
+  template <class Blocks>
+  void stage(bool, Blocks&&) const {}
+
+  template <class Blocks>
+  void score(bool, int row, int rows, int, int, Blocks&& blocks, float* scores) const {
+    blocks([&](const Storage* block, int inside, int from, int to) {
+      score_run<E>(queries_ + static_cast<int64_t>(row) * query_units_, query_units_, rows,
+                   run(block, inside, to - from), scores + from);
+    });
   }
 
   void put_absorbed(int count, const AbsorbBuffers& buffers) const {
@@ -74,7 +81,7 @@ class PlainReader {
   }
 
   template <class Bounds, class Blocks>
-  void values(int rows, Bounds&& bounds, Blocks&& blocks, float* acc) const {
+  void values(bool, int rows, Bounds&& bounds, Blocks&& blocks, float* acc) const {
     values_of(0, rows, bounds(0, rows), blocks, acc);
     if (rows == 1 || is_finite(acc, static_cast<int64_t>(rows) * padded_)) return;
     // 0 * NaN: a value that one row sees must not reach a row that does not.
