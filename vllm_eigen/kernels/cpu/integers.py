@@ -47,7 +47,9 @@ class IntegerRows:
         low = fine - LOW_STEPS * high[..., : code.eight]
         h = torch.tensor([(2**width - 1) / 2 for width in code.widths])
         offset = (high * h).sum(dim=2) + (low * h[: code.eight]).sum(dim=2) / LOW_STEPS
-        parts = [functional.pad(part, (0, -part.shape[2] % (4 * tile_units))) for part in (low, high)]
+        parts = [
+            functional.pad(part, (0, -part.shape[2] % (4 * tile_units))) for part in (low, high)
+        ]
         rows = torch.cat(parts, dim=2).to(torch.int8)
         unused = 0 if tile_units == 1 else 2 * TILE_ROWS * rows.shape[2]
         padded = functional.pad(rows.flatten(), (0, unused))

@@ -26,6 +26,8 @@ from vllm_eigen.kernels.rope import RotaryTable, pair_order
 
 BYTES_IN_BFLOAT16 = 2.0
 """Products of bytes in the time of one in bfloat16."""
+BYTES_ON_TILES = 2.5
+"""Products of bytes on matrix units, rotation included, in the time of one without them."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def pack(
         cost,
         target.queries_per_head,
         tolerance(target.dtype),
-        1.0 if code is None else BYTES_IN_BFLOAT16 * code.rank / (code.rank + code.eight),
+        1.0 if code is None else _absorbing_product(code, target),
     )
     absorbed = None
     if frequency_basis is not None:
@@ -162,6 +164,12 @@ def pack(
         absorbed=absorbed,
         integers=integers,
     )
+
+
+def _absorbing_product(code: Code, target: Target) -> float:
+    """As `FrequencyBasis.cost` takes it, of keys that are reconstructed in integers."""
+    tiles = 1.0 if target.tile_units == 1 else BYTES_ON_TILES
+    return tiles * BYTES_IN_BFLOAT16 * code.rank / (code.rank + code.eight)
 
 
 def pack_table(rotary: RotaryTable) -> torch.Tensor:

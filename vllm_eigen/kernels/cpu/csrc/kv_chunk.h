@@ -79,15 +79,14 @@ void score_run_tiles(const uint32_t* queries, int64_t query_stride, int rows,
     TileSums sums;
     for (int r = 0; r < rows; r += 2 * kTile) {
       const uint32_t* first = queries + r * query_stride;
-      const uint32_t* second = rows - r > kTile ? first + kTile * query_stride : first;
       for (int t = 0; t < keys.tokens; t += kTileColumns) {
         const auto* right = reinterpret_cast<const uint32_t*>(keys.first) + t;
-        multiply_tiles<Bfloat16Pairs>(first, second, query_stride, right, keys.stride / 2, units,
-                                      sums);
+        multiply_tiles<Bfloat16Pairs>(first, query_stride, rows - r > kTile, right, keys.stride / 2,
+                                      units, sums);
         const int vectors = std::min(kTileColumns, keys.tokens - t) / W;
         for (int i = 0; i < std::min(2 * kTile, rows - r); ++i) {
           for (int v = 0; v < vectors; ++v) {
-            F c[1][1] = {{sums.row<F>(i / kTile, v, i % kTile)}};
+            F c[1][1] = {{sums.row<F>(i, v)}};
             multiply<E, 1, 1>(c, first + i * query_stride + units, query_stride,
                               keys.first + units * keys.stride + (t + v * W) * E::pack,
                               keys.stride, keys.units - units);

@@ -62,6 +62,18 @@ VLLM_EIGEN_INLINE V load_first(const void* p, int n) {
 #endif
 }
 
+// The first n of W floats.
+VLLM_EIGEN_INLINE void store_first(float* p, F v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#else
+  if (n == W)
+    store(p, v);
+  else
+    std::memcpy(p, &v, n * sizeof(float));
+#endif
+}
+
 // Not F{} + x: that would turn -0 into 0, so the compiler could not drop the addition.
 VLLM_EIGEN_INLINE F splat(float x) { return x - F{}; }
 

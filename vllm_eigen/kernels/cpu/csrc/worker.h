@@ -215,7 +215,7 @@ class Worker {
   }
 
   // Whether there are rows enough to take codes apart once for all of them. The sums are the same.
-  static bool is_staged(const WorkItem& item) { return R::stages && item.rows >= kTile; }
+  static bool is_staged(const WorkItem& item) { return R::stages && 2 * item.rows >= kTile; }
 
   void stage_chunk(const WorkItem& item, int chunk) {
     const Bounds b = bounds(item, 0, item.rows, chunk);

@@ -21,7 +21,8 @@ class CodedReader {
       : layout_{block_size, Sections(*layer.key_code), Sections(*layer.value_code)},
         padded_((layout_.value.rank + W - 1) / W * W),
         weights_(arena, layout_.value, kTileRows),
-        probs_(arena.take<float>(kTileRows * kKvChunk)) {
+        probs_(arena.take<float>(kTileRows * kKvChunk)),
+        scales_(arena.take<float>(kKvChunk)) {
     if (stages) staged_ = StagedCodes(arena, layout_.key, layout_.value, !layer.reconstruct);
     if (const ReconstructArgs* r = layer.reconstruct) {
       panel_ = arena.take<float>(static_cast<int64_t>(in_tiles(layout_.key.rank)) * kPanelTokens);
@@ -110,12 +111,20 @@ class CodedReader {
   void values(bool is_staged, int rows, Bounds&& bounds, Blocks&& blocks, float* acc) const {
     const auto b = bounds(0, rows);
     const int begin = b.begin / kAlign * kAlign, end = (b.end + kAlign - 1) / kAlign * kAlign;
-    if (layout_.value.has_scale)
+    const float* scales = nullptr;
+    if (layout_.value.has_scale) {
+      scales = scales_;
       blocks(begin, end, [&](const Storage* block, int inside, int from, int to) {
-        for (int i = 0; i < rows; ++i) apply_scales(block, inside, from, to, i, bounds(i, 1));
+        const Storage* stored = layout_.value_scales(block, inside);
+        for (int t = from; t < to; t += W, stored += 2 * W)
+          store(scales_ + t, float_of_bf16(load<H>(stored)));
       });
+    }
     if (is_staged) std::fill_n(weights_.row(0), rows * 2 * CodedWeights::kUnits, 0u);
-    for (int i = 0; i < rows; ++i) quantize_weights(probs(i), begin, end, weights_, i);
+    for (int i = 0; i < rows; ++i) {
+      const auto seen = bounds(i, 1);
+      quantize_weights(probs(i), scales, seen.begin, seen.end, begin, end, weights_, i);
+    }
 #if defined(__AMX_INT8__)
     if (is_staged) sum_staged(layout_.value, staged_, weights_, rows);
 #endif
@@ -138,24 +147,12 @@ class CodedReader {
 
   float* probs(int row) const { return probs_ + row * kKvChunk; }
 
-  // Probabilities times scales, but only of what the row sees: elsewhere a scale may be NaN.
-  template <class B>
-  void apply_scales(const Storage* block, int inside, int from, int to, int row, B seen) const {
-    const Storage* scales = layout_.value_scales(block, inside);
-    for (int t = from; t < to; t += W, scales += 2 * W) {
-      float* p = probs(row) + t;
-      const I at = iota() + t;
-      const F weight = load<F>(p) * float_of_bf16(load<H>(scales));
-      store(p, select((at >= seen.begin) & (at < seen.end), weight, F{}));
-    }
-  }
-
   CodedLayout layout_;
   int padded_;  // rank_v in whole vectors
   CodedQueries queries_;  // or absorbed ones
   CodedWeights weights_;
   StagedCodes staged_;
-  float *probs_, *panel_;
+  float *probs_, *scales_, *panel_;
 };
 
 }  // namespace vllm_eigen

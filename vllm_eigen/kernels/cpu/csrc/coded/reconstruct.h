@@ -122,19 +122,16 @@ void reconstruct_on_tiles(const ReconstructArgs& a, int head, int pairs, const K
     for (int v0 = 0; v0 < NV; v0 += 2) {
       const uint32_t* codes = latents.first + v0 * W;
       if (low > 0)
-        multiply_tiles<UnsignedBytes>(rows, rows + kTile * units, units, codes, latents.stride, low,
-                                      low_sums);
-      multiply_tiles<UnsignedBytes>(rows + low, rows + low + kTile * units, units, codes,
-                                    latents.stride, high, sums);
+        multiply_tiles<UnsignedBytes>(rows, units, true, codes, latents.stride, low, low_sums);
+      multiply_tiles<UnsignedBytes>(rows + low, units, true, codes, latents.stride, high, sums);
       for (int p = 0; p < std::min(kTile, pairs - pair); ++p) {
         auto* out = keys + (pair + p) * (2 / K::pack) * row_stride;
         for (int v = 0; v < std::min(2, NV - v0); ++v) {
           F c[2];
           for (int r = 0; r < 2; ++r) {
             const int i = 2 * p + r;
-            c[r] = key_of_sums(a, first_row + i, latents, (v0 + v) * W,
-                               sums.row<U>(i / kTile, v, i % kTile),
-                               low > 0 ? low_sums.row<U>(i / kTile, v, i % kTile) : U{});
+            c[r] = key_of_sums(a, first_row + i, latents, (v0 + v) * W, sums.row<U>(i, v),
+                               low > 0 ? low_sums.row<U>(i, v) : U{});
           }
           store_rotated<K>(a, c[0], c[1], position + (v0 + v) * W, pair + p,
                            out + (v0 + v) * W * K::pack, row_stride);

@@ -2,8 +2,8 @@
 // Products of codes on matrix units (amx.h), for many query rows at once.
 //
 // The codes of a KV chunk are taken apart into bytes once, as the right operands of tiles. Left
-// operands are the same 15-bit numbers as elsewhere: their high bytes are the first one, their low
-// bytes the second. Sums are the integers that keys.h and values.h get, so that it is of no
+// operands are the same 15-bit numbers as elsewhere, a row of high bytes and one of low bytes for
+// each. Sums are the integers that keys.h and values.h get, so that it is of no
 // consequence for a row's bits which of them computes it.
 #pragma once
 
@@ -82,23 +82,23 @@ inline void stage_values(const CodedLayout& layout, const uint8_t* block, int in
 inline void score_staged(const CodedQueries& queries, const Sections& code,
                          const StagedCodes& keys, int row, int rows, int begin, int end,
                          float* scores) {
-  const int64_t stride = 2 * queries.half;
   TileSums sums;
   bool is_first = true;
   for (int s = 0; s < kWidths; ++s) {
     if (code.of[s].count == 0) continue;
     const int units = in_tiles(code.of[s].count / 4);
     for (int r = row; r < row + rows; r += kTile) {
-      const uint32_t* high = queries.row(r) + queries.first[s];
+      const int count = std::min(kTile, row + rows - r);
       for (int t = begin / kTileColumns * kTileColumns; t < end; t += kTileColumns) {
-        multiply_tiles<UnsignedBytes>(high, high + queries.half, stride,
+        multiply_tiles<UnsignedBytes>(queries.row(r) + queries.first[s], queries.half,
+                                      2 * count > kTile,
                                       keys.keys + keys.first_row[s] * kKvChunk + t, kKvChunk,
                                       units, sums);
-        for (int i = 0; i < std::min(kTile, row + rows - r); ++i) {
+        for (int i = 0; i < count; ++i) {
           const auto& factors = queries.factors[r + i];
           const F scale = splat(factors.scale[s]), constant = splat(factors.constant[s]);
           VLLM_EIGEN_UNROLL for (int v = 0; v < 2; ++v) {
-            const U whole = sums.row<U>(0, v, i) * kSignedBase + sums.row<U>(1, v, i);
+            const U whole = sums.row<U>(2 * i, v) * kSignedBase + sums.row<U>(2 * i + 1, v);
             const F x = __builtin_convertvector((I)(whole - factors.correction[s]), F);
             float* to = scores + (r - row + i) * kKvChunk + t + v * W;
             store(to, fma(x, scale, is_first ? constant : load<F>(to) + constant));
@@ -124,12 +124,13 @@ inline void sum_staged(const Sections& code, const StagedCodes& values,
       for (int p = 0; p < places; p += kTileColumns) {
         const int vectors = std::min(kTileColumns, places - p) / W;
         for (int r = 0; r < rows; r += kTile) {
-          multiply_tiles<SignedBytes>(weights.row(r), weights.row(r) + kUnits, 2 * kUnits,
-                                      plane + p, places, kUnits, sums);
-          for (int i = 0; i < std::min(kTile, rows - r); ++i)
+          const int count = std::min(kTile, rows - r);
+          multiply_tiles<SignedBytes>(weights.row(r), kUnits, 2 * count > kTile, plane + p, places,
+                                      kUnits, sums);
+          for (int i = 0; i < count; ++i)
             for (int v = 0; v < vectors; ++v)
               store(weights.sums_of(r + i, s) + j * places + p + v * W,
-                    sums.row<U>(0, v, i) * kUnsignedBase + sums.row<U>(1, v, i));
+                    sums.row<U>(2 * i, v) * kUnsignedBase + sums.row<U>(2 * i + 1, v));
         }
       }
     }

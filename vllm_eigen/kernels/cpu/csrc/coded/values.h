@@ -41,11 +41,21 @@ struct CodedWeights {
   int row_sums, first_sum[kWidths];
 };
 
-// Row i from its `weights` of the tokens [begin, end) of the chunk, multiples of 16.
-inline void quantize_weights(const float* weights, int begin, int end, const CodedWeights& to, int i) {
+// Row i from its probabilities of the tokens [begin, end) of the chunk, multiples of 16, times the
+// tokens' `scales` (null: all 1). Of what the row does not see, outside of [first, last), a scale may
+// be NaN. `weights` is overwritten.
+inline void quantize_weights(float* weights, const float* scales, int first_seen, int last_seen,
+                             int begin, int end, const CodedWeights& to, int i) {
   F largest{}, check{};
+  const bool sees_all = first_seen <= begin && last_seen >= end;
   for (int t = begin; t < end; t += W) {
-    const F w = load<F>(weights + t);
+    F w = load<F>(weights + t);
+    if (scales) {
+      w = w * load<F>(scales + t);
+      const I at = iota() + t;
+      if (!sees_all) w = select((at >= first_seen) & (at < last_seen), w, F{});
+      store(weights + t, w);
+    }
     largest = max(largest, w);
     check = check + w * 0.0f;
   }
@@ -144,7 +154,7 @@ inline void sums_to_values(const Sections& code, const CodedWeights& weights, in
       for (int d = 0; d < bytes; d += W) {
         const F sum = __builtin_convertvector(load<I>(sums + j * places + d), F);
         const F x = fma(sum, splat(1.0f / plane_factor<width>), half) * factor;
-        std::memcpy(to + d, &x, 4 * std::min(W, bytes - d));
+        store_first(to + d, x, std::min(W, bytes - d));
       }
     }
   });
