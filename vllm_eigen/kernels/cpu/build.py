@@ -67,7 +67,8 @@ def _may_use_tiles() -> bool:
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     if platform.machine() != "x86_64":
         return False
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    status = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
+    return bool(status == 0)
 
 
 def chosen_isa() -> str:
