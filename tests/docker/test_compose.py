@@ -73,6 +73,15 @@ def test_every_server_restarts_and_is_checked_on_the_loopback(services: dict[str
         assert re.search(r":(v?\d+\.\d+\.\d+|cpu)$", image), (name, image)
 
 
+def test_ours_write_to_volumes_and_memory_alone(services: dict[str, Any]) -> None:
+    for name in ("eigen", "baseline", "load"):
+        service = services[name]
+        assert service["read_only"], name
+        assert service["mem_limit"] == 0, name
+        assert {item.split(":")[0] for item in service["tmpfs"]} == {"/tmp", "/home/eigen"}
+        assert all("exec" in item for item in service["tmpfs"]), name
+
+
 def test_the_servers_differ_in_the_compression_alone(services: dict[str, Any]) -> None:
     ours = {"EIGEN_KV_RATIO", "EIGEN_TEXT", "EIGEN_CALIBRATE_FLAGS"}
     eigen, baseline = (services[name]["environment"] for name in ("eigen", "baseline"))
