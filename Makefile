@@ -16,7 +16,11 @@ UNUSABLE_cpu := torchvision torchaudio torchcodec
 # Release of vLLM whose Python files `make contract` checks.
 VERSION ?= 0.33.0
 
-.PHONY: demo test unit soak check contract compatibility docs install clean help
+# Where PyTorch and Triton are, for gpu-check; vLLM is measured too where it is there.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_RESULT ?= build/gpu-check.json
+
+.PHONY: demo test unit soak check contract compatibility gpu-check docs install clean help
 
 help:
 	@echo "make demo     fetch a chat model, compress it, and let both answer side by side"
@@ -26,6 +30,7 @@ help:
 	@echo "make check    lint and type check only"
 	@echo "make contract VERSION=0.33.0  check a vLLM release for what the plugin relies on"
 	@echo "make compatibility  run the engine tests and write docs/compatibility.md"
+	@echo "make gpu-check  check and time the kernels on this machine's GPU, 15 minutes at most"
 	@echo "make docs     build the documentation into build/site"
 	@echo "make install  only create .venv with everything to calibrate and serve"
 	@echo "make clean    remove .venv and the demo's output"
@@ -78,6 +83,12 @@ contract: $(VENV)/.dev
 
 compatibility: $(VENV)/.dev
 	"$(BIN)/python" -m pytest tests/plugin --numprocesses $(JOBS) --compatibility docs/compatibility.md
+
+# The project's own dependencies are small; PyTorch and Triton are taken as they are.
+gpu-check:
+	"$(GPU_PYTHON)" -m pip install --quiet --disable-pip-version-check -e .
+	@mkdir -p "$(dir $(GPU_RESULT))"
+	"$(GPU_PYTHON)" -m vllm_eigen.cli bench gpu --output-json "$(GPU_RESULT)"
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict

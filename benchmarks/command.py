@@ -14,7 +14,7 @@ HELP = "measure kernels, the engine, servers under load, and quality"
 
 BENCHMARKS = {
     "attention": "vllm_eigen.benchmarks.kernels.attention",
-    "attention-gpu": "vllm_eigen.benchmarks.kernels.attention_gpu",
+    "gpu": "vllm_eigen.benchmarks.kernels.gpu.command",
     "engine-decode": "vllm_eigen.benchmarks.engine.decode",
     "overheads": "vllm_eigen.benchmarks.engine.overheads",
     "serve": "vllm_eigen.benchmarks.serving.serve",

@@ -31,16 +31,13 @@ from tests.kernels.gpu.moving import (
     small,
 )
 from tests.kernels.strategies import cases
-from vllm_eigen.checkpoint.modes import KeyMode
 from vllm_eigen.common.errors import KernelError
 from vllm_eigen.kernels import Latents, LayerSpec, Limits, RotaryTable, ScoreOptions, Step
 
 pytest.importorskip("triton")
 
 if RUNS_HERE:
-    from vllm_eigen.benchmarks.kernels.gpu_points import GpuPoint, measure
     from vllm_eigen.kernels.gpu.kernels import GpuKernels
-    from vllm_eigen.kernels.gpu.tiles import Tuning
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
@@ -287,15 +284,6 @@ def test_nan_in_nan_out(place: str, reconstruct: bool) -> None:
         assert torch.equal(found[others], clean[others])
         if place != "value":
             assert torch.equal(found.isnan().any(dim=2), reached)
-
-
-@needs_kernels
-@pytest.mark.parametrize("key_mode", [KeyMode.NO_ROPE, KeyMode.PRE_ROPE])
-@pytest.mark.parametrize(("phase", "context"), [("decode", 128), ("prefill", 32)])
-def test_the_benchmark_runs_what_it_times(key_mode: KeyMode, phase: str, context: int) -> None:
-    point = GpuPoint(4, 2, 64, 0.5, key_mode, phase, context, batch=2)
-    row = measure(point, Tuning(), "cuda" if HAS_GPU else "cpu", repeats=1)
-    assert row["relative_error"] < 1e-2
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
