@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Case, expected, make, run, tolerance
+from tests.kernels.cases import Case, Problem, expected, make, run, tolerance
 from tests.kernels.strategies import cases, codes
 from vllm_eigen.checkpoint.codes import Code
 from vllm_eigen.kernels import Kernels, LayerSpec, ScoreOptions, Step
@@ -80,24 +80,30 @@ def test_stores_the_codes_of_the_reference(isa: str, code: Code, seed: int, size
     torch.testing.assert_close(output, exact, rtol=1e-5, atol=0)
 
 
+def _batch(reconstruct: bool) -> Problem:
+    """Prompts, of many rows and of few, among single tokens."""
+    code = Code(eight=4, four=24, two=16, token_scale=True)
+    return make(
+        Case(
+            queries_per_head=3,
+            rank_k=code.rank,
+            rank_v=code.rank,
+            block_size=48,
+            sequences=((1100, 1), (0, 150), (600, 2), (2000, 1)),
+            dtype=torch.bfloat16,
+            head_size=64,
+            reconstruct=reconstruct,
+            rotary_dim=64,
+            rope_base=1e4,
+            codes=(code, code),
+        )
+    )
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("reconstruct", [False, True])
 def test_same_bits_with_any_number_of_threads(isa: str, reconstruct: bool) -> None:
-    code = Code(eight=4, four=24, two=16, token_scale=True)
-    case = Case(
-        queries_per_head=3,
-        rank_k=code.rank,
-        rank_v=code.rank,
-        block_size=48,
-        sequences=((1100, 1), (0, 150), (2000, 1)),
-        dtype=torch.bfloat16,
-        head_size=64,
-        reconstruct=reconstruct,
-        rotary_dim=64,
-        rope_base=1e4,
-        codes=(code, code),
-    )
-    problem = make(case)
+    problem = _batch(reconstruct)
     whole = run(kernels(isa), problem)
     threads = torch.get_num_threads()
     try:
@@ -105,6 +111,12 @@ def test_same_bits_with_any_number_of_threads(isa: str, reconstruct: bool) -> No
         assert torch.equal(run(kernels(isa), problem), whole)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX")
+def test_matrix_units_add_up_the_integers_of_vectors() -> None:
+    problem = _batch(reconstruct=False)
+    assert torch.equal(run(kernels("amx"), problem), run(kernels("avx512bf16"), problem))
 
 
 @given(codes(), st.integers(0, 2**20))
