@@ -140,7 +140,7 @@ class _Steps:
         names = ("key", "value", "key_gradient", "value_gradient")
         kept = {name: allocate(shape, job.memory_limit, job.state.folder) for name in names}
         layer, finite = self._layer(index), []
-        with tap(layer, job.model.source.family) as seen:
+        with tap(layer, job.model.source.family, geometry) as seen:
             for part in self.parts:
                 hidden = self.states.get(index, part).detach().requires_grad_()
                 with torch.enable_grad():
@@ -156,8 +156,8 @@ class _Steps:
                 job.reporter.step()
         self.states.drop(index + 1)
         self._check(f"layer {index} has a gradient of", finite)
-        cos, sin = (None if seen[name] is None else seen[name].cpu() for name in ("cos", "sin"))
-        return LayerSamples(**kept, cos=cos, sin=sin)
+        rotation = seen["rotation"]
+        return LayerSamples(**kept, rotation=None if rotation is None else rotation.cpu())
 
     def _layer(self, index: int) -> nn.Module:
         layer = self.job.model.layer(index)

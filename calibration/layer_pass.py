@@ -99,7 +99,9 @@ def _shifts(job: Job) -> Shifts | None:
     """Where windows may begin, as far as rotated keys are concerned."""
     frequencies = job.model.inverse_frequencies()
     last = job.model.source.rotary_positions - job.tokens.shape[1]
-    return None if frequencies is None or last < 1 else Shifts(frequencies, last)
+    if frequencies is None or last < 1:
+        return None
+    return Shifts(frequencies, last, job.model.source.family.interleaved)
 
 
 def _bases(job: Job, index: int, moments: Moments) -> LayerBases:
@@ -116,7 +118,12 @@ def in_latent_order(job: Job, bases: LayerBases) -> LayerBases:
     frequencies = job.model.inverse_frequencies()
     if not recipe.key_mode.reconstructs_keys or frequencies is None:
         return bases
-    order = latent_order(geometry.head_size, 2 * len(frequencies), recipe.head_group)
+    order = latent_order(
+        geometry.head_size,
+        2 * len(frequencies),
+        recipe.head_group,
+        is_neox_style=not job.model.source.family.interleaved,
+    )
     return replace(bases, key=replace(bases.key, order=order))
 
 

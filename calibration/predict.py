@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from vllm_eigen.calibration.allocation.probe import SHARES, TOKENS
 from vllm_eigen.calibration.coding.budget import bytes_for, most_bytes
@@ -78,6 +80,7 @@ def predict(options: Options) -> Prediction:
         model = auto_model(auto_config(source), eager=False)
     layers = model.get_submodule(source.family.decoder).get_submodule(source.family.layers)
     layer = max(sum(p.numel() for p in item.parameters()) for item in layers)
+    multiplied = [_multiplied(item, source.config) for item in layers]
     total = sum(p.numel() for p in model.parameters())
     outside = total - sum(p.numel() for p in layers.parameters())
     element = 4 if str(_dtype(source)) == "float32" else 2
@@ -109,7 +112,7 @@ def predict(options: Options) -> Prediction:
     if recipe.uses_gradients:
         gradients = gradient_cost(
             geometry,
-            layer_parameters=layer,
+            layer_parameters=max(multiplied),
             head_parameters=geometry.hidden_size * source.vocab_size,
             tokens=tokens,
             length=length,
@@ -125,7 +128,7 @@ def predict(options: Options) -> Prediction:
     scores = (4 if eager else 1) * batch * geometry.num_heads * length * length * 4
     widest = 8 * batch * length * max(geometry.hidden_size, layer // geometry.hidden_size // 3) * 4
     peak = _RESIDENT[device.type] + 4 * (outside + layer) + 3 * moments + bases + widest
-    peak += (scores if eager or source.family.qkv_proj else 0) + kept_hidden
+    peak += (scores if eager or source.family.eager_only else 0) + kept_hidden
 
     # A trial joins at its layer, the middle one on average; the error grid takes one layer each.
     probes = trials * (geometry.num_layers + 1) / (2 * geometry.num_layers) if probing else 14.0
@@ -135,7 +138,7 @@ def predict(options: Options) -> Prediction:
     after = 3 * min(tokens, refit.TOKENS * geometry.hidden_size) * recipe.refit
     after += min(tokens, max(scales.TOKENS, length)) + 2 * HELD_OUT * length
     passed = probes * TOKENS + after + (0 if gradients else tokens)
-    flops = 2.0 * (total - outside) * passed
+    flops = 2.0 * sum(multiplied) * passed
     flops += 4.0 * geometry.num_layers * passed * length * geometry.num_heads * geometry.head_size
     speed = _flops_per_second(device, torch.float32)
     seconds = _OVERHEAD_SECONDS + flops / (_EFFICIENCY * speed)
@@ -152,6 +155,15 @@ def predict(options: Options) -> Prediction:
         disk_bytes=total * element + bases + mapped,
         seconds=seconds,
     )
+
+
+def _multiplied(layer: nn.Module, config: Mapping[str, Any]) -> int:
+    """Parameters of a layer that a token meets: of its experts, those that the router picks."""
+    named = [(name, p.numel()) for name, p in layer.named_parameters()]
+    experts = sum(size for name, size in named if ".experts." in name)
+    count = config.get("num_local_experts") or config.get("num_experts") or 1
+    picked = config.get("num_experts_per_tok") or 1
+    return sum(size for _, size in named) - experts + experts * int(picked) // int(count)
 
 
 def _dtype(source: Source) -> Any:

@@ -178,9 +178,9 @@ def _tensors(
         made = _attention(source, eigen, bases, index)
         dtype = next(iter(made.values())).dtype
         replaced.update(made)
-        if family.qkv_proj and eigen.projections.folds_keys:
+        if family.qkv_proj and eigen.projections.folds_values:
             path = family.attention_path(eigen.layer_indices[index])
-            replaced.add(f"{path}.{family.qkv_proj}.weight")
+            replaced |= {f"{path}.{family.qkv_proj}.{kind}" for kind in ("weight", "bias")}
         yield from made.items()
     for name in source.weights:
         if name not in replaced:

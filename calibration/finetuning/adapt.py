@@ -27,22 +27,33 @@ class Delta(nn.Module):
     Args:
         weight: the matrix W, [rows, columns].
         rank: inner size, cut to what the matrix can have.
-        stacked: number of matrices of equal shape that W stacks; each has a delta of its own.
+        parts: rows of W that are matrices with a delta of their own; the others stay.
     """
 
     def __init__(
-        self, weight: torch.Tensor, rank: int, generator: torch.Generator, stacked: int = 1
+        self,
+        weight: torch.Tensor,
+        rank: int,
+        generator: torch.Generator,
+        parts: Sequence[slice] = (slice(None),),
     ) -> None:
         super().__init__()
-        rows, columns = weight.shape[0] // stacked, weight.shape[1]
-        rank = min(rank, rows, columns)
-        down = torch.randn(stacked, rank, columns, generator=generator) / columns**0.5
-        self.down = nn.Parameter(down.to(weight.device))
-        self.up = nn.Parameter(torch.zeros(stacked, rows, rank, device=weight.device))
+        self._parts = parts
+        columns = weight.shape[1]
+        self.down, self.up = nn.ParameterList(), nn.ParameterList()
+        for part in parts:
+            rows = len(weight[part])
+            inner = min(rank, rows, columns)
+            down = torch.randn(inner, columns, generator=generator) / columns**0.5
+            self.down.append(nn.Parameter(down.to(weight.device)))
+            self.up.append(nn.Parameter(torch.zeros(rows, inner, device=weight.device)))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The adapted matrix."""
-        return weight + (self.up @ self.down).flatten(0, 1)
+        adapted = weight.clone()
+        for part, up, down in zip(self._parts, self.up, self.down, strict=True):
+            adapted[part] += up @ down
+        return adapted
 
 
 def adapt(
@@ -59,12 +70,12 @@ def adapt(
     trained: list[nn.Parameter] = []
     model.requires_grad_(False)
     for layer in layers:
-        for module, stacked in layer.matrices():
+        for module, parts in layer.matrices():
             weight = module.weight
             assert isinstance(weight, torch.Tensor)
-            delta = Delta(weight, rank, generator, stacked)
+            delta = Delta(weight, rank, generator, parts)
             # `unsafe`: a delta cannot be computed back from the weight that is assigned.
             register_parametrization(module, "weight", delta, unsafe=True)
-            trained += [delta.down, delta.up]
+            trained += [*delta.down, *delta.up]
         trained += layer.bases()
     return trained

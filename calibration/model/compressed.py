@@ -10,6 +10,7 @@ Calibration applies the same hooks to layers that it loads one by one (`layerwis
 
 from __future__ import annotations
 
+from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vllm_eigen.calibration.model.hooks import (
     coded_cache,
     compress,
 )
-from vllm_eigen.calibration.model.source import Weights
+from vllm_eigen.calibration.model.source import ModelTensors, Weights
 from vllm_eigen.calibration.model.transformers_model import load_model
 from vllm_eigen.calibration.model.unfold import UnfoldedLayer, unfold_layer
 from vllm_eigen.checkpoint.config import (
@@ -111,7 +112,7 @@ class CompressedModel:
     def _biases(self) -> set[str]:
         """Biases that the offsets need, in the base architecture's model."""
         family = self.family
-        folded = self.eigen.projections.folds_keys
+        folded = self.eigen.projections.folds_values
         fused = {family.k_proj, family.v_proj} if family.qkv_proj and folded else set()
         return {
             f"{path}.{family.qkv_proj if name in fused else name}.bias"
@@ -128,12 +129,13 @@ class CompressedModel:
             for name, tensor in layer.projections.items()
         }
         dropped = tuple(f".{name}" for name in BESIDE)
-        if family.qkv_proj and self.eigen.projections.folds_keys:
+        if family.qkv_proj and self.eigen.projections.folds_values:
             parts = (family.q_proj, family.k_proj, family.v_proj)
             dropped += tuple(f".{part}.{kind}" for part in parts for kind in ("weight", "bias"))
-        for name in weights:
+        stored = ModelTensors(weights, family)
+        for name in stored:
             if name not in tensors and not name.endswith(dropped):
-                tensors[name] = weights.get(name)
+                tensors[name] = stored.get(name)
         return tensors
 
 
@@ -179,18 +181,24 @@ class CompressedLayer:
             value_offset=unfolded.value_offset,
         )
 
-    def matrices(self) -> list[tuple[nn.Module, int]]:
-        """Projections with something folded into `weight`, and how many matrices that stacks."""
+    def matrices(self) -> list[tuple[nn.Module, tuple[slice, ...]]]:
+        """Projections with something folded into `weight`: the rows of each matrix in it."""
         family, projections = self._family, self._eigen.projections
-        names: dict[str, int] = {}
-        if projections.folds_keys:
-            fused = {family.qkv_proj: 3}
-            names |= fused if family.qkv_proj else {family.q_proj: 1, family.k_proj: 1}
-        if projections.folds_values:
-            names |= {} if family.qkv_proj else {family.v_proj: 1}
-            names |= {family.o_proj: 1}
+        names = [family.q_proj, family.k_proj] if projections.folds_keys else []
+        names += [family.v_proj, family.o_proj] if projections.folds_values else []
+        ends = list(accumulate(self._geometry.qkv_sizes))
+        starts = [0, *ends[:-1]]
+        fused = (family.q_proj, family.k_proj, family.v_proj) if family.qkv_proj else ()
+        rows: dict[str, tuple[slice, ...]] = {}
+        for name in names:
+            if name in fused:
+                part = fused.index(name)
+                found = rows.get(family.qkv_proj, ())
+                rows[family.qkv_proj] = (*found, slice(starts[part], ends[part]))
+            else:
+                rows[name] = (slice(None),)
         attention = self._layer.get_submodule(family.attention)
-        return [(attention.get_submodule(name), count) for name, count in names.items()]
+        return [(attention.get_submodule(name), parts) for name, parts in rows.items()]
 
     def bases(self) -> list[nn.Parameter]:
         """The maps that the checkpoint stores."""

@@ -70,28 +70,22 @@ def read_attention(
     def weight(name: str) -> torch.Tensor:
         return tensors.get(f"{path}.{name}.weight").to(torch.float64)
 
-    def bias(name: str, size: int = size) -> torch.Tensor | None:
+    def bias(name: str) -> torch.Tensor | None:
         full = f"{path}.{name}.bias"
-        if full not in tensors:
-            return None
-        return tensors.get(full).to(torch.float64).reshape(-1, size)
+        return tensors.get(full).to(torch.float64) if full in tensors else None
 
+    names = (family.q_proj, family.k_proj, family.v_proj)
     if family.qkv_proj:
-        q, k, v = weight(family.qkv_proj).chunk(3)
+        weights = weight(family.qkv_proj).split(geometry.qkv_sizes)
+        fused = bias(family.qkv_proj)
+        biases = (None,) * 3 if fused is None else fused.split(geometry.qkv_sizes)
     else:
-        q, k, v = (weight(name) for name in (family.q_proj, family.k_proj, family.v_proj))
-    o = weight(family.o_proj)
-    o_bias = bias(family.o_proj, len(o))
-    return AttentionWeights(
-        q.reshape(-1, size, q.shape[-1]),
-        k.reshape(-1, size, k.shape[-1]),
-        v.reshape(-1, size, v.shape[-1]),
-        o.reshape(o.shape[0], -1, size),
-        bias(family.q_proj),
-        bias(family.k_proj),
-        bias(family.v_proj),
-        None if o_bias is None else o_bias[0],
-    )
+        weights = tuple(weight(name) for name in names)
+        biases = tuple(bias(name) for name in names)
+    q, k, v = (item.unflatten(0, (-1, size)) for item in weights)
+    q_bias, k_bias, v_bias = (None if b is None else b.unflatten(0, (-1, size)) for b in biases)
+    o = weight(family.o_proj).unflatten(1, (-1, size))
+    return AttentionWeights(q, k, v, o, q_bias, k_bias, v_bias, bias(family.o_proj))
 
 
 def fold_keys(
@@ -185,7 +179,19 @@ def compressed_tensors(
     made = fold_values(weights, maps.value, family, value_offset)
     if eigen.projections.folds_keys:
         return made | fold_keys(weights, maps.key, family, eigen.key_mode, key_offset)
+    if family.qkv_proj:
+        made |= _apart(weights, family)
     return made | keep_keys(maps.key, eigen, key_offset)
+
+
+def _apart(weights: AttentionWeights, family: Family) -> dict[str, torch.Tensor]:
+    """Query and key projections as they are, where the values of the fused one are folded."""
+    q, k = family.q_proj, family.k_proj
+    tensors = {f"{q}.weight": weights.q.flatten(0, 1), f"{k}.weight": weights.k.flatten(0, 1)}
+    for name, bias in ((q, weights.q_bias), (k, weights.k_bias)):
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias.flatten()
+    return tensors
 
 
 def keep_keys(

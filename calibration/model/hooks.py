@@ -20,7 +20,7 @@ from torch import nn
 from vllm_eigen.calibration.methods.basis import LayerMaps, Maps
 from vllm_eigen.calibration.model.fold import latent_offset
 from vllm_eigen.calibration.statistics.batch import Batch
-from vllm_eigen.calibration.statistics.rotary import rotate
+from vllm_eigen.calibration.statistics.rotary import Rotation, rotate
 from vllm_eigen.checkpoint.config import LayerRanks
 from vllm_eigen.checkpoint.families import Family, Geometry
 from vllm_eigen.checkpoint.modes import KeyMode
@@ -63,9 +63,6 @@ def capture(
     o_proj: Any = attention.get_submodule(family.o_proj).weight.detach()
     o_proj = o_proj.reshape(o_proj.shape[0], -1, geometry.head_size)
 
-    def cos_sin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["cos"], seen["sin"] = kwargs.get("position_embeddings") or (None, None)
-
     def context(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen["context"] = heads(args[0])
 
@@ -85,9 +82,9 @@ def capture(
         return store
 
     with contextlib.ExitStack() as stack:
-        stack.callback(attention.register_forward_pre_hook(cos_sin, with_kwargs=True).remove)
+        stack.enter_context(_hook_rotation(attention, family, seen))
         hooks = {name: keep(name) for name in ("query", "key", "value")}
-        stack.enter_context(_hook_heads(attention, family, hooks))
+        stack.enter_context(_hook_heads(attention, family, geometry, hooks))
         stack.callback(
             attention.get_submodule(family.o_proj).register_forward_pre_hook(context).remove
         )
@@ -96,19 +93,15 @@ def capture(
 
 
 @contextlib.contextmanager
-def tap(layer: nn.Module, family: Family) -> Iterator[dict[str, Any]]:
+def tap(layer: nn.Module, family: Family, geometry: Geometry) -> Iterator[dict[str, Any]]:
     """While open, a forward of `layer` leaves in the dictionary the `key` and `value` of all heads,
-    as `capture` gives them but in the graph, and the rotary tables `cos` and `sin` or None."""
+    as `capture` gives them but in the graph, and the `rotation` or None."""
     attention: Any = layer.get_submodule(family.attention)
     seen: dict[str, Any] = {}
-
-    def cos_sin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["cos"], seen["sin"] = kwargs.get("position_embeddings") or (None, None)
-
     hooks = {name: partial(seen.__setitem__, name) for name in ("key", "value")}
     with contextlib.ExitStack() as stack:
-        stack.callback(attention.register_forward_pre_hook(cos_sin, with_kwargs=True).remove)
-        stack.enter_context(_hook_heads(attention, family, hooks))
+        stack.enter_context(_hook_rotation(attention, family, seen))
+        stack.enter_context(_hook_heads(attention, family, geometry, hooks))
         yield seen
 
 
@@ -134,10 +127,7 @@ def compress(
         A context manager that removes the hooks when left; without it they stay.
     """
     attention = layer.get_submodule(family.attention)
-    tables: dict[str, torch.Tensor | None] = {"cos": None, "sin": None}
-
-    def cos_sin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tables["cos"], tables["sin"] = kwargs.get("position_embeddings") or (None, None)
+    seen: dict[str, Any] = {}
 
     def through(part: Part, maps: Maps, offset: Offset | None, rotated: bool) -> Hook:
         read_back = partial(cache, part) if cache else None
@@ -145,9 +135,9 @@ def compress(
         def replace(x: torch.Tensor) -> torch.Tensor:
             rows = x.reshape(*x.shape[:2], -1, geometry.head_size)
             if rotated:
-                rows = rotate(rows, tables["cos"], tables["sin"])
+                rows = rotate(rows, seen["rotation"])
                 rows = project(rows, maps, read_back, offset)
-                rows = rotate(rows, tables["cos"], tables["sin"], back=True)
+                rows = rotate(rows, seen["rotation"], back=True)
             else:
                 rows = project(rows, maps, read_back, offset)
             return rows.reshape(x.shape)
@@ -160,8 +150,8 @@ def compress(
     if value is not None:
         hooks["value"] = through("value", value, value_offset, False)
     with contextlib.ExitStack() as stack:
-        stack.callback(attention.register_forward_pre_hook(cos_sin, with_kwargs=True).remove)
-        stack.enter_context(_hook_heads(attention, family, hooks))
+        stack.enter_context(_hook_rotation(attention, family, seen))
+        stack.enter_context(_hook_heads(attention, family, geometry, hooks))
         return stack.pop_all()
 
 
@@ -222,7 +212,26 @@ def project(
     return result
 
 
-def _hook_heads(attention: Any, family: Family, hooks: Mapping[str, Hook]) -> contextlib.ExitStack:
+def _hook_rotation(
+    attention: Any, family: Family, seen: dict[str, Any]
+) -> contextlib.AbstractContextManager[Any]:
+    """Keep the rotation of each forward call under `rotation`; None without RoPE."""
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tables = kwargs.get("position_embeddings")
+        # transformers repeats the angle of a pair for both of its dimensions.
+        halves = [table.chunk(2, dim=-1)[0] for table in tables] if tables else None
+        seen["rotation"] = Rotation(*halves, family.interleaved) if halves else None
+
+    handle = attention.register_forward_pre_hook(keep, with_kwargs=True)
+    stack = contextlib.ExitStack()
+    stack.callback(handle.remove)
+    return stack
+
+
+def _hook_heads(
+    attention: Any, family: Family, geometry: Geometry, hooks: Mapping[str, Hook]
+) -> contextlib.ExitStack:
     """Call hooks on the query, key and value of all heads, as they are before rotation.
 
     Returns:
@@ -250,7 +259,7 @@ def _hook_heads(attention: Any, family: Family, hooks: Mapping[str, Hook]) -> co
     def on_fused(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         if clip:
             output = output.clamp(-clip, clip)
-        parts = dict(zip(paths, output.chunk(3, dim=-1), strict=True))
+        parts = dict(zip(paths, output.split(geometry.qkv_sizes, dim=-1), strict=True))
         for name, hook in hooks.items():
             changed = hook(parts[name])
             parts[name] = parts[name] if changed is None else changed

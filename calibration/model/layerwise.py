@@ -39,17 +39,18 @@ class LayerwiseModel:
         self.source = source
         self.device = device
         self._eager = eager
+        self._attention = "eager" if source.family.eager_only else "sdpa"
         self.config = auto_config(source)
         _check_head(self.config, source)
         with torch.device("meta"):
-            self._model = auto_model(self.config, eager)
+            self._model = auto_model(self.config, eager or source.family.eager_only)
         self._model.eval()
         family = source.family
         self._decoder = self._model.get_submodule(family.decoder)
         self._layers = getattr(self._decoder, family.layers)
         self._recorders = [_Recorder(layer) for layer in self._layers]
         setattr(self._decoder, family.layers, nn.ModuleList(self._recorders))
-        _load(self._decoder, family.decoder, source, device)
+        self._load(self._decoder, family.decoder)
         _make_buffers(self._decoder, self.config, device)
 
     def with_source(self, source: Source) -> LayerwiseModel:
@@ -74,9 +75,9 @@ class LayerwiseModel:
         rotary: Any = getattr(self._decoder, "rotary_emb", None)
         if rotary is None:
             return None
-        # Models that mix layers have a table for each kind.
-        kind = "full_attention_" if self.source.family.full_every else ""
-        found: torch.Tensor = getattr(rotary, f"{kind}inv_freq")
+        # Some models that mix layers have a table for each kind.
+        names = ("full_attention_inv_freq", "inv_freq")
+        found: torch.Tensor = getattr(rotary, next(name for name in names if hasattr(rotary, name)))
         return found.detach().cpu().double()
 
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
@@ -97,9 +98,9 @@ class LayerwiseModel:
     def layer(self, index: int) -> nn.Module:
         """Load one decoder layer in float32; the model keeps no reference to it."""
         layer: nn.Module = copy.deepcopy(self._layers[index])
-        _set_attention(layer, "sdpa")
         family = self.source.family
-        _load(layer, f"{family.decoder}.{family.layers}.{index}", self.source, self.device)
+        _set_attention(layer, self._attention)
+        self._load(layer, f"{family.decoder}.{family.layers}.{index}")
         return layer
 
     @contextlib.contextmanager
@@ -111,7 +112,7 @@ class LayerwiseModel:
         try:
             yield
         finally:
-            _set_attention(layer, "sdpa")
+            _set_attention(layer, self._attention)
 
     def logits(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits [batch, length, vocab_size] from the last layer's output."""
@@ -128,7 +129,7 @@ class LayerwiseModel:
         head = self._model.get_output_embeddings()
         if head.weight.is_meta:
             with torch.inference_mode(False):  # a backward pass may come later
-                _load_head(self._model, head, self.source, self.device)
+                self._load_head(head)
         self._recorders[-1].inject = hidden
         try:
             result: torch.Tensor = self._model(
@@ -137,6 +138,27 @@ class LayerwiseModel:
         finally:
             self._recorders[-1].inject = None
         return result
+
+    def _load(self, module: nn.Module, path: str) -> None:
+        """Fill a meta module's parameters from the checkpoint, in float32."""
+        for name, parameter in list(module.named_parameters()):
+            tensor = self._checked(f"{path}.{name}", parameter.shape)
+            _assign(module, name, tensor, self.device)
+
+    def _load_head(self, head: nn.Module) -> None:
+        if _HEAD not in self.source.tensors:
+            head.weight = self._model.get_input_embeddings().weight
+            return
+        _assign(head, "weight", self._checked(_HEAD, head.weight.shape), self.device)
+
+    def _checked(self, name: str, shape: Any) -> torch.Tensor:
+        tensor = self.source.tensors.get(name)
+        if tensor.shape != shape:
+            raise InputError(
+                f"{self.source.folder}: tensor {name} has shape {list(tensor.shape)}, config.json "
+                f"asks for {list(shape)}; the files do not belong together"
+            )
+        return tensor
 
 
 class _Recorder(nn.Module):
@@ -166,13 +188,6 @@ def _set_attention(layer: nn.Module, implementation: str) -> None:
             config._attn_implementation = implementation
 
 
-def _load(module: nn.Module, path: str, source: Source, device: torch.device) -> None:
-    """Fill a meta module's parameters from the checkpoint, in float32."""
-    for name, parameter in list(module.named_parameters()):
-        full = f"{path}.{name}"
-        _assign(module, name, _checked(source, full, parameter.shape), device)
-
-
 def _check_head(config: Any, source: Source) -> None:
     if _HEAD not in source.weights and not config.tie_word_embeddings:
         raise InputError(
@@ -180,23 +195,6 @@ def _check_head(config: Any, source: Source) -> None:
             "tie_word_embeddings=false; download the model again, or set it to true if the "
             "embedding is the output projection too"
         )
-
-
-def _load_head(model: Any, head: nn.Module, source: Source, device: torch.device) -> None:
-    if _HEAD not in source.weights:
-        head.weight = model.get_input_embeddings().weight
-        return
-    _assign(head, "weight", _checked(source, _HEAD, head.weight.shape), device)
-
-
-def _checked(source: Source, name: str, shape: Any) -> torch.Tensor:
-    tensor = source.weights.get(name)
-    if tensor.shape != shape:
-        raise InputError(
-            f"{source.folder}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
-            f"{list(shape)}; the files do not belong together"
-        )
-    return tensor
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 
 from vllm_eigen.calibration.model.gguf import cached_folder, find_gguf
-from vllm_eigen.checkpoint.families import Family, Geometry, family_of
+from vllm_eigen.checkpoint.families import Experts, Family, Geometry, family_of
 from vllm_eigen.common.errors import InputError, first_line
 
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
 _LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 """Kinds of RoPE scaling whose frequencies change past the original length."""
+_EXPERT = re.compile(r"(?P<mlp>.+)\.experts\.(?P<expert>\d+)\.\w+\.weight")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,13 @@ class Source:
 
     @cached_property
     def weights(self) -> Weights:
-        """Its tensors, by the names transformers gives them."""
+        """Its tensors, as they are stored."""
         return Weights(self.folder, self.family, self.changed)
+
+    @cached_property
+    def tensors(self) -> ModelTensors:
+        """Its tensors, as transformers' model has them."""
+        return ModelTensors(self.weights, self.family)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -189,6 +196,63 @@ class Weights:
         if stored.startswith((self._prefix, "lm_head.")):
             return stored
         return self._prefix + stored
+
+
+class ModelTensors:
+    """A checkpoint's tensors by the names of transformers' model, which fuses a layer's experts.
+
+    Checkpoints have the matrices of each expert apart, and what is written keeps them so. The fused
+    tensors are made when they are asked for.
+    """
+
+    def __init__(self, weights: Weights, family: Family) -> None:
+        self._weights = weights
+        self._stored: dict[str, str] = {}
+        self._fused: dict[str, list[list[str]]] = {}
+        for name in weights:
+            if family.experts is None:
+                self._stored[name] = name
+            elif (found := _EXPERT.fullmatch(name)) is None:
+                self._stored[family.experts.model_name(name)] = name
+            else:
+                self._add_experts(found["mlp"], int(found["expert"]) + 1, family.experts)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored or name in self._fused
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._stored
+        yield from self._fused
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor, in its stored type.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        if name not in self._fused:
+            return self._weights.get(self._stored.get(name, name))
+        experts = self._fused[name]
+        first = self._joined(experts[0])
+        fused = first.new_empty(len(experts), *first.shape)
+        for expert, parts in zip(fused, experts, strict=True):
+            expert.copy_(self._joined(parts))
+        return fused
+
+    def _joined(self, parts: list[str]) -> torch.Tensor:
+        """Matrices below each other."""
+        return torch.cat([self._weights.get(part) for part in parts])
+
+    def _add_experts(self, mlp: str, count: int, experts: Experts) -> None:
+        """Note that the MLP at a path has at least so many experts."""
+        for name, projections in (
+            ("gate_up_proj", (experts.gate, experts.up)),
+            ("down_proj", (experts.down,)),
+        ):
+            found = self._fused.setdefault(f"{experts.model_name(mlp)}.experts.{name}", [])
+            for expert in range(len(found), count):
+                path = f"{mlp}.experts.{expert}"
+                found.append([f"{path}.{projection}.weight" for projection in projections])
 
 
 def _download(model: str, with_weights: bool) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vllm_eigen.calibration.model.source import Source
+from vllm_eigen.checkpoint.families import family_of
 from vllm_eigen.common.errors import CheckpointError, InputError, first_line
 
 
@@ -30,7 +31,7 @@ def auto_config(source: Source) -> Any:
 
 
 def auto_model(config: Any, eager: bool) -> Any:
-    """A transformers model in float32; eager attention returns its probabilities."""
+    """A transformers model in float32; eager attention is as written, returns its probabilities."""
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config
@@ -40,7 +41,7 @@ def auto_model(config: Any, eager: bool) -> Any:
 
 def load_base(source: Source, device: torch.device | str = "cpu") -> Any:
     """The whole base model in float32."""
-    tensors = {name: source.weights.get(name) for name in source.weights}
+    tensors = {name: source.tensors.get(name) for name in source.tensors}
     return load_model(source.config, tensors, device)
 
 
@@ -63,7 +64,7 @@ def load_model(
 
     settings = {name: value for name, value in config.items() if name != "model_type"}
     made: Any = AutoConfig.for_model(config["model_type"], **settings)
-    model = auto_model(made, eager=False)
+    model = auto_model(made, eager=family_of(config).eager_only)
     for name in biases:
         linear = model.get_submodule(name.rpartition(".")[0])
         linear.bias = nn.Parameter(torch.empty(linear.out_features))

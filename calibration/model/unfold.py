@@ -79,11 +79,8 @@ def unfold_layer(
         projections |= found
     else:
         value = stored.maps(VALUE_ENCODER, VALUE_BASIS)
-    if family.qkv_proj and eigen.projections.folds_keys:
-        projections |= _fused(projections, family)
-        for part in (family.q_proj, family.k_proj, family.v_proj):
-            projections.pop(f"{part}.weight")
-            projections.pop(f"{part}.bias", None)
+    if family.qkv_proj and eigen.projections.folds_values:
+        projections = stored.fused(projections)
     return UnfoldedLayer(
         projections,
         key,
@@ -91,20 +88,6 @@ def unfold_layer(
         stored.offset(KEY_ENCODER_BIAS, KEY_OFFSET),
         stored.offset(VALUE_ENCODER_BIAS, VALUE_OFFSET),
     )
-
-
-def _fused(projections: Mapping[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
-    """Queries, keys and values as one projection, with a bias if one of them has a bias."""
-    names = (family.q_proj, family.k_proj, family.v_proj)
-    weights = [projections[f"{name}.weight"] for name in names]
-    fused = {f"{family.qkv_proj}.weight": torch.cat(weights)}
-    if any(f"{name}.bias" in projections for name in names):
-        parts = [
-            projections.get(f"{name}.bias", weight.new_zeros(len(weight)))
-            for name, weight in zip(names, weights, strict=True)
-        ]
-        fused[f"{family.qkv_proj}.bias"] = torch.cat(parts)
-    return fused
 
 
 @dataclass(frozen=True)
@@ -158,6 +141,26 @@ class _Stored:
         projections = self._named(family.v_proj, self._pad(v))
         projections[f"{family.o_proj}.weight"] = o.flatten(1)
         return projections, self._selecting(self.ranks.rank_v, basis)
+
+    def fused(self, projections: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same with queries, keys and values as one projection, which has a bias if one has.
+
+        Args:
+            projections: those that were folded; queries and keys may be stored as they are.
+        """
+        found = dict(projections)
+        names = (self.family.q_proj, self.family.k_proj, self.family.v_proj)
+        for name in names:
+            if f"{name}.weight" not in found:
+                found |= self._named(name, self._rows(name, 1))
+        weights = [found.pop(f"{name}.weight") for name in names]
+        biases = [found.pop(f"{name}.bias", None) for name in names]
+        found[f"{self.family.qkv_proj}.weight"] = torch.cat(weights)
+        if any(bias is not None for bias in biases):
+            pairs = zip(biases, weights, strict=True)
+            parts = [w.new_zeros(len(w)) if b is None else b for b, w in pairs]
+            found[f"{self.family.qkv_proj}.bias"] = torch.cat(parts)
+        return found
 
     def _selecting(self, rank: int, basis: torch.Tensor) -> Maps:
         """Maps of padded latents: keep the first `rank`, reconstruct with the basis."""

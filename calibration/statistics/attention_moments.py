@@ -31,7 +31,7 @@ class RotatedKeySensitivity(Statistic):
         """Add a batch."""
         gradient = batch.gradients.key
         if not self.rotated:
-            gradient = rotate(gradient, batch.cos, batch.sin, back=True)
+            gradient = rotate(gradient, batch.rotation, back=True)
         add_outer(total, gradient)
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 
 from vllm_eigen.calibration.statistics.gradients import AttentionGradients, attention_gradients
+from vllm_eigen.calibration.statistics.rotary import Rotation
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Batch:
         key, value: [batch, length, num_kv_heads, head_size]
         context: the attention output before the output projection,
             [batch, length, num_heads, head_size]
-        cos, sin: the rotary embedding's tables, [batch or 1, length, rotary_size]; None without it.
+        rotation: the rotary embedding; None without it.
         probs: attention probabilities, [batch, num_heads, length, length]; None where the
             attention implementation does not give them.
         o_proj: weight of the output projection, [hidden_size, num_heads, head_size].
@@ -36,8 +37,7 @@ class Batch:
     key: torch.Tensor
     value: torch.Tensor
     context: torch.Tensor
-    cos: torch.Tensor | None = None
-    sin: torch.Tensor | None = None
+    rotation: Rotation | None = None
     probs: torch.Tensor | None = None
     o_proj: torch.Tensor | None = None
 

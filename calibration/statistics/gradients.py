@@ -60,8 +60,8 @@ def attention_gradients(batch: Batch) -> AttentionGradients:
     if batch.probs is None or batch.o_proj is None:
         raise ValueError("the batch was captured without probabilities or output projection")
     target = cotangent(batch)
-    query = rotate(batch.query, batch.cos, batch.sin)
-    key = rotate(batch.key, batch.cos, batch.sin)
+    query = rotate(batch.query, batch.rotation)
+    key = rotate(batch.key, batch.rotation)
     length, heads, size = query.shape[1:]
     shared = heads // key.shape[2]
     mean = (target * batch.context).sum(-1, keepdim=True)

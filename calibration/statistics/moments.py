@@ -41,7 +41,7 @@ class RotatedKeyMoment(Statistic):
 
     def update(self, total: torch.Tensor, batch: Batch) -> None:
         """Add a batch."""
-        add_outer(total, rotate(batch.key, batch.cos, batch.sin))
+        add_outer(total, rotate(batch.key, batch.rotation))
 
 
 class QueryMoment(Statistic):
@@ -70,7 +70,7 @@ class RotatedQueryMoment(Statistic):
 
     def update(self, total: torch.Tensor, batch: Batch) -> None:
         """Add a batch."""
-        add_per_head(total, rotate(batch.query, batch.cos, batch.sin))
+        add_per_head(total, rotate(batch.query, batch.rotation))
 
 
 class ValueMoment(Statistic):

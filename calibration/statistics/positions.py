@@ -18,11 +18,13 @@ import torch
 class Shifts:
     """Shifts 0, 1, .., `last` in tokens, equally likely.
 
-    frequencies: float64 [rotary_size / 2], radians a token of RoPE pairs (i, i + rotary_size / 2).
+    frequencies: float64 [rotary_size / 2], radians a token of each RoPE pair.
+    interleaved: whether pairs are (2 i, 2 i + 1), and not (i, i + rotary_size / 2).
     """
 
     frequencies: torch.Tensor
     last: int
+    interleaved: bool = False
 
     def mean(self, moment: torch.Tensor, head_size: int) -> torch.Tensor:
         """The mean of R(s) M R(s)^T over the shifts.
@@ -31,7 +33,7 @@ class Shifts:
             moment: M of rotated vectors, float64 on the CPU, [.., n * head_size, n * head_size].
         """
         angles = torch.zeros(head_size, dtype=torch.float64)
-        angles[: 2 * len(self.frequencies)] = self.frequencies.repeat(2)
+        angles[: 2 * len(self.frequencies)] = self._joined(self.frequencies, self.frequencies)
         cos_cos, sin_cos, sin_sin = (item[:, None] for item in self._products(angles))
         # [.., n, head_size, n, head_size]: every pair of heads is rotated alike.
         blocks = moment.unflatten(-1, (-1, head_size)).unflatten(-3, (-1, head_size))
@@ -43,9 +45,20 @@ class Shifts:
 
     def _turn(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """J along a dimension of head_size elements."""
-        rest = x.shape[dim] - 2 * len(self.frequencies)
-        first, second, other = x.split([len(self.frequencies)] * 2 + [rest], dim)
-        return torch.cat([-second, first, torch.zeros_like(other)], dim)
+        size = 2 * len(self.frequencies)
+        rotary, other = x.movedim(dim, -1).split([size, x.shape[dim] - size], dim=-1)
+        if self.interleaved:
+            first, second = rotary.unflatten(-1, (-1, 2)).unbind(-1)
+        else:
+            first, second = rotary.chunk(2, dim=-1)
+        turned = torch.cat([self._joined(-second, first), torch.zeros_like(other)], dim=-1)
+        return turned.movedim(-1, dim)
+
+    def _joined(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """The dimensions of all pairs in their order, from the first and second one of each."""
+        if self.interleaved:
+            return torch.stack([first, second], dim=-1).flatten(-2)
+        return torch.cat([first, second], dim=-1)
 
     def _products(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Means of cos a cos b, sin a cos b and sin a sin b, a and b being s * angles, [n, n]."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_eigen.calibration.statistics.rotary import rotate
+from vllm_eigen.calibration.statistics.rotary import Rotation, rotate
 from vllm_eigen.checkpoint.modes import KeyMode
 
 
@@ -25,16 +25,14 @@ class LayerSamples:
     Attributes:
         key, value, key_gradient, value_gradient: float32 [num_windows, length, num_kv_heads,
             head_size] on the CPU.
-        cos, sin: the rotary embedding's tables, [1, length, rotary_size] on the CPU; None without
-            it.
+        rotation: the rotary embedding at the windows' positions, on the CPU; None without it.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     key_gradient: torch.Tensor
     value_gradient: torch.Tensor
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
+    rotation: Rotation | None
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,15 @@ def cached_samples(
         positions: that the rotary embedding is used for.
     """
     key, gradient = samples.key, samples.key_gradient
-    if key_mode.caches_rotated_keys:
-        tables = [(samples.cos, samples.sin)]
+    if key_mode.caches_rotated_keys and samples.rotation is not None:
+        rotations = [samples.rotation]
         if frequencies is not None:
             last = max(1, positions - key.shape[1])
             generator = torch.Generator().manual_seed(0)
             first = torch.randint(0, last, (len(key), 1, 1), generator=generator)
-            angles = (first * frequencies).repeat(1, 1, 2)
-            tables.append((angles.cos().to(key), angles.sin().to(key)))
-        for cos, sin in tables:
-            key, gradient = rotate(key, cos, sin), rotate(gradient, cos, sin)
+            angles = first * frequencies
+            shift = Rotation(angles.cos(), angles.sin(), samples.rotation.interleaved)
+            rotations.append(shift.to(key))
+        for rotation in rotations:
+            key, gradient = rotate(key, rotation), rotate(gradient, rotation)
     return CachedSamples(key, samples.value, gradient, samples.value_gradient)

@@ -289,21 +289,22 @@ def _eigen_elements(eigen: EigenConfig, family: Family, geometry: Geometry) -> i
 def _other_elements(config: Mapping[str, Any], geometry: Geometry) -> int:
     """Elements outside the attention: embeddings, feed-forward layers, biases and norms."""
     hidden = geometry.hidden_size
+    model_type = str(config.get("model_type"))
+    gated = model_type not in ("opt", "mpt")
     try:
         vocab_size = int(config["vocab_size"])
         intermediate = int(config.get("intermediate_size") or config.get("ffn_dim") or 0)
         intermediate = intermediate or int(config["expansion_ratio"]) * hidden
+        mlps = _mlp_elements(config, geometry, (3 if gated else 2) * hidden * intermediate)
     except (KeyError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"config.json: field {error} is missing or no number"
         ) from error
-    model_type = str(config.get("model_type"))
-    gated = model_type not in ("opt", "mpt")
     gemma = model_type.startswith("gemma")
     tied = bool(config.get("tie_word_embeddings", gemma or not gated))
     norms = 4 * hidden + 2 * geometry.head_size if gemma else 2 * hidden
-    per_layer = (3 if gated else 2) * hidden * intermediate + norms
-    total = vocab_size * hidden * (1 if tied else 2) + hidden
+    per_layer = norms
+    total = mlps + vocab_size * hidden * (1 if tied else 2) + hidden
     if model_type == "opt":
         embed_dim = int(config.get("word_embed_proj_dim") or hidden)
         total += (int(config["max_position_embeddings"]) + 2) * hidden + hidden
@@ -311,3 +312,20 @@ def _other_elements(config: Mapping[str, Any], geometry: Geometry) -> int:
         total += 2 * embed_dim * hidden if embed_dim != hidden else 0
         per_layer += 4 * hidden + intermediate + hidden + 2 * hidden
     return total + geometry.num_layers * per_layer
+
+
+def _mlp_elements(config: Mapping[str, Any], geometry: Geometry, dense: int) -> int:
+    """Elements of all MLPs, `dense` of one without experts; experts have routers beside them."""
+    hidden = geometry.hidden_size
+    experts = int(config.get("num_local_experts") or config.get("num_experts") or 0)
+    if not experts:
+        return geometry.num_layers * dense
+    size = int(config.get("moe_intermediate_size") or config["intermediate_size"])
+    shared = int(config.get("shared_expert_intermediate_size") or 0)
+    sparse = experts * (3 * hidden * size + hidden) + (3 * hidden * shared + hidden) * bool(shared)
+    every = int(config.get("decoder_sparse_step") or 1)
+    without = config.get("mlp_only_layers") or ()
+    count = sum(
+        (index + 1) % every == 0 and index not in without for index in range(geometry.num_layers)
+    )
+    return count * sparse + (geometry.num_layers - count) * dense

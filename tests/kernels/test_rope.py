@@ -25,10 +25,11 @@ from vllm_eigen.kernels.rope import (
     rotary=st.floats(0, 1),
     share=st.floats(0, 1),
     lost=st.booleans(),
+    neox=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 def test_the_first_pairs_read_few_latents_and_keys_stay(
-    head_size: int, heads: int, rotary: float, share: float, lost: bool, seed: int
+    head_size: int, heads: int, rotary: float, share: float, lost: bool, neox: bool, seed: int
 ) -> None:
     rng = torch.Generator().manual_seed(seed)
     size, half = heads * head_size, int(rotary * head_size / 2)
@@ -36,7 +37,7 @@ def test_the_first_pairs_read_few_latents_and_keys_stay(
     basis = torch.randn(3, rank, size, generator=rng, dtype=torch.float64)
     if lost:
         basis[:, rank // 2 :] = 0.0
-    order = latent_order(head_size, 2 * half, heads)
+    order = latent_order(head_size, 2 * half, heads, neox)
     rotation, rotated = triangular_order(basis, order)
 
     latents = torch.randn(5, rank, generator=rng, dtype=torch.float64)
@@ -45,7 +46,8 @@ def test_the_first_pairs_read_few_latents_and_keys_stay(
     np.testing.assert_allclose(rotation.mT @ rotation, unit, atol=1e-12)
     dimension = torch.arange(size) % head_size
     for pair in range(half):
-        in_pair = (dimension == pair) | (dimension == pair + half)
+        first, second = (pair, pair + half) if neox else (2 * pair, 2 * pair + 1)
+        in_pair = (dimension == first) | (dimension == second)
         assert not rotated[:, 2 * heads * (pair + 1) :, in_pair].any()
 
 

@@ -10,9 +10,22 @@ from vllm_eigen.checkpoint.families import FAMILIES, Family
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.architecture)
 def test_class_of_each_family(family: Family) -> None:
+    from vllm import ModelRegistry
+
+    from vllm_eigen.plugin import models
+    from vllm_eigen.plugin.register import register
+
+    register()
+    made = getattr(models, family.eigen_architecture)
+    stock = ModelRegistry.models[family.architecture].load_model_cls()
+    assert made.__mro__[1:3] == (models.EigenModel, stock)
+    assert (made.__module__, made.__name__) == (models.__name__, family.eigen_architecture)
+    assert getattr(models, family.eigen_architecture) is made
+    assert family.eigen_architecture in ModelRegistry.models
+
+
+def test_another_name_is_no_class() -> None:
     from vllm_eigen.plugin import models
 
-    made = getattr(models, family.eigen_architecture)
-    assert issubclass(made, models.EigenModel)
-    stock = {base.__name__ for base in made.__mro__}
-    assert stock & {family.architecture, *family.aliases}
+    with pytest.raises(AttributeError, match="EigenGPT2LMHeadModel"):
+        models.EigenGPT2LMHeadModel  # noqa: B018

@@ -16,6 +16,28 @@ from vllm_eigen.common.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
+class Experts:
+    """How a checkpoint holds the experts of a layer's MLP, each with matrices of its own.
+
+    transformers calls the MLP `mlp`, and fuses gates and up-projections of all experts, and
+    down-projections.
+
+    Attributes:
+        mlp: name of the MLP inside a layer.
+        gate, up, down: names of the projections inside `<mlp>.experts.<number>`.
+    """
+
+    mlp: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    def model_name(self, name: str) -> str:
+        """A name of the checkpoint in transformers' model, if it is not one of an expert."""
+        return ".".join("mlp" if part == self.mlp else part for part in name.split("."))
+
+
+@dataclass(frozen=True)
 class Family:
     """One Hugging Face architecture.
 
@@ -27,15 +49,23 @@ class Family:
         layers: name of the layer list inside `decoder`.
         attention: name of the attention module inside a layer.
         q_proj, k_proj, v_proj, o_proj: names of the linear maps inside the attention module.
-        rotary: whether keys and queries are rotated by position before their dot product.
+        rotary: whether keys and queries are rotated by position before their dot product, all of a
+            head or its first dimensions.
         q_norm, k_norm: names of the norms of query and key heads before rotation, if any.
+        interleaved: whether RoPE pairs are neighbouring dimensions, (2 i, 2 i + 1), and not halves
+            of what rotates, (i, i + n).
         heads_first: whether transformers applies these norms to [batch, heads, tokens, size], and
             not to [batch, tokens, heads, size].
         full_every: of a family that mixes layers with full attention and with sliding windows:
             one in so many is full where `config.json` does not list `layer_types`. The others keep
             their cache as it is. 0: all layers are of one kind.
         qkv_proj: name of the fused projection that holds queries, keys and values in the base
-            checkpoint, if they are fused there; Eigen checkpoints have them apart.
+            checkpoint, one after the other, if they are fused there; Eigen checkpoints have them
+            apart.
+        soft_cap: whether scores pass a soft cap. A constant in all scores of a query matters then,
+            so keys are cached before RoPE only, where their offset is added again.
+        eager_only: whether transformers computes its attention as written in eager mode alone.
+        experts: how the checkpoint holds the experts of the MLPs, if there are any.
         aliases: other names of the architecture in `config.json`.
         required: configuration fields (dotted) that must have a value, where they are given, for
             the model to be what the description says.
@@ -53,9 +83,13 @@ class Family:
     rotary: bool
     q_norm: str = ""
     k_norm: str = ""
+    interleaved: bool = False
     heads_first: bool = False
     full_every: int = 0
     qkv_proj: str = ""
+    soft_cap: bool = False
+    eager_only: bool = False
+    experts: Experts | None = None
     aliases: tuple[str, ...] = ()
     required: tuple[tuple[str, bool | int], ...] = ()
 
@@ -67,7 +101,9 @@ class Family:
     @property
     def key_modes(self) -> tuple[KeyMode, ...]:
         """Key-cache modes the family allows, the default first."""
-        return (KeyMode.PRE_ROPE, KeyMode.POST_ROPE) if self.rotary else (KeyMode.NO_ROPE,)
+        if not self.rotary:
+            return (KeyMode.NO_ROPE,)
+        return (KeyMode.PRE_ROPE,) if self.soft_cap else (KeyMode.PRE_ROPE, KeyMode.POST_ROPE)
 
     def clips(self, config: Mapping[str, Any]) -> bool:
         """Whether queries, keys and values are clipped once projected."""
@@ -151,6 +187,12 @@ class Geometry:
     head_size: int
     hidden_size: int
 
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of the query, key and value projections."""
+        kv_size = self.num_kv_heads * self.head_size
+        return self.num_heads * self.head_size, kv_size, kv_size
+
 
 _LLAMA = Family(
     model_type="llama",
@@ -186,6 +228,40 @@ FAMILIES: tuple[Family, ...] = (
         full_every=6,
         required=(("use_bidirectional_attention", False),),
     ),
+    replace(
+        _LLAMA,
+        model_type="gemma2",
+        architecture="Gemma2ForCausalLM",
+        full_every=2,
+        soft_cap=True,
+        eager_only=True,
+        required=(("use_bidirectional_attention", False),),
+    ),
+    replace(_LLAMA, model_type="phi3", architecture="Phi3ForCausalLM", qkv_proj="qkv_proj"),
+    replace(_LLAMA, model_type="granite", architecture="GraniteForCausalLM"),
+    replace(
+        _LLAMA,
+        model_type="stablelm",
+        architecture="StableLmForCausalLM",
+        # vLLM builds neither.
+        required=(("qk_layernorm", False), ("use_parallel_residual", False)),
+    ),
+    replace(_LLAMA, model_type="glm4", architecture="Glm4ForCausalLM", interleaved=True),
+    replace(
+        _LLAMA,
+        model_type="mixtral",
+        architecture="MixtralForCausalLM",
+        experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
+    ),
+    replace(_LLAMA, model_type="qwen2_moe", architecture="Qwen2MoeForCausalLM", experts=Experts()),
+    replace(
+        _LLAMA,
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        q_norm="q_norm",
+        k_norm="k_norm",
+        experts=Experts(),
+    ),
     Family(
         model_type="opt",
         architecture="OPTForCausalLM",
@@ -210,6 +286,7 @@ FAMILIES: tuple[Family, ...] = (
         o_proj="out_proj",
         rotary=False,
         qkv_proj="Wqkv",
+        eager_only=True,
         aliases=("MPTForCausalLM",),
         required=(
             ("attn_config.alibi", True),

@@ -102,13 +102,15 @@ def pair_order(head_size: int, rotary_dim: int, is_neox_style: bool) -> torch.Te
     return functional.pad(order, (0, head_size % 2), value=-1)
 
 
-def latent_order(head_size: int, rotary_dim: int, heads: int) -> torch.Tensor:
+def latent_order(
+    head_size: int, rotary_dim: int, heads: int, is_neox_style: bool = True
+) -> torch.Tensor:
     """Dimensions of `heads` neighbouring heads that share a latent head, pair by pair.
 
     Returns:
-        int64 `[heads * head_size]`; pairs are (i, i + rotary_dim / 2).
+        int64 `[heads * head_size]`.
     """
-    order = pair_order(head_size, rotary_dim, is_neox_style=True)
+    order = pair_order(head_size, rotary_dim, is_neox_style)
     pairs = order.view(-1, 1, 2) + head_size * torch.arange(heads)[:, None]
     return pairs[(order >= 0).view(-1, 1, 2).expand_as(pairs)]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM models of the Eigen architectures: the stock model with its attention modules replaced.
 
-`register` announces each class under its own name; the family's description says where the
-attention modules are.
+`register` announces each class under its own name. The class is made when vLLM asks for it, of the
+class that vLLM has for the base; the family's description says where the attention modules are.
 """
 
 from __future__ import annotations
@@ -17,25 +17,19 @@ from safetensors import safe_open
 from torch import nn
 
 from vllm_eigen.checkpoint.config import EigenConfig, check_cache_dtype, parse_config
-from vllm_eigen.checkpoint.families import family_of
+from vllm_eigen.checkpoint.families import FAMILIES, family_of
 from vllm_eigen.checkpoint.validate import validate
 from vllm_eigen.common.errors import UsageError
 from vllm_eigen.kernels import Latents, Limits, RotaryTable
-from vllm_eigen.plugin.mpt import MPTForCausalLM
 from vllm_eigen.plugin.self_attention import EigenSelfAttention, Shared
 from vllm_eigen.plugin.step_planner import StepPlanner, choose_kernels
 from vllm_eigen.plugin.validation import check_attention, check_positions
 from vllm_eigen.plugin.vllm_api import (
-    Gemma3ForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    OPTForCausalLM,
     PPMissingLayer,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
     VllmConfig,
     forget_layer,
     rotary_table,
+    stock_class,
 )
 
 
@@ -58,32 +52,18 @@ class EigenModel(nn.Module):
         return loaded
 
 
-class EigenLlamaForCausalLM(EigenModel, LlamaForCausalLM):
-    """Llama with Eigen attention."""
+def __getattr__(name: str) -> type[nn.Module]:
+    """The class of an Eigen architecture.
 
-
-class EigenMistralForCausalLM(EigenModel, MistralForCausalLM):
-    """Mistral with Eigen attention."""
-
-
-class EigenQwen2ForCausalLM(EigenModel, Qwen2ForCausalLM):
-    """Qwen2 with Eigen attention."""
-
-
-class EigenQwen3ForCausalLM(EigenModel, Qwen3ForCausalLM):
-    """Qwen3 with Eigen attention."""
-
-
-class EigenGemma3ForCausalLM(EigenModel, Gemma3ForCausalLM):
-    """Gemma 3 with Eigen attention in the layers with full attention."""
-
-
-class EigenOPTForCausalLM(EigenModel, OPTForCausalLM):
-    """OPT with Eigen attention."""
-
-
-class EigenMptForCausalLM(EigenModel, MPTForCausalLM):
-    """MPT with Eigen attention."""
+    Made on demand: vLLM has a module for each base, and a server needs one of them.
+    """
+    for family in FAMILIES:
+        if family.eigen_architecture == name:
+            made = type(name, (EigenModel, stock_class(family.architecture)), {})
+            made.__module__ = __name__
+            globals()[name] = made
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def replace_attention(model: nn.Module, vllm_config: VllmConfig) -> None:

@@ -37,6 +37,7 @@ from vllm_eigen.plugin.vllm_api import (
     VllmConfig,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    rotate_query,
     score_options,
     set_weight_attrs,
 )
@@ -125,7 +126,7 @@ class EigenSelfAttention(nn.Module):
             if self.key_mode.caches_rotated_keys:
                 query, key = self.rotary_emb(positions, query.contiguous(), key.contiguous())
             else:
-                query, _ = self.rotary_emb(positions, query.contiguous(), None)
+                query = rotate_query(self.rotary_emb, positions, query.contiguous())
         if self._maps_queries:
             query = _per_head(query, self._basis(KEY_BASIS).mT, self.num_heads)
         context = self.attn(query, key, value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm import envs
+from vllm import ModelRegistry, envs
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed import (
@@ -28,17 +28,14 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import (
+    Phi3LongRoPEScaledRotaryEmbedding,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.interfaces import SupportsPP
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.opt import OPTForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
@@ -63,6 +60,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
 from vllm_eigen.checkpoint.pages import MixedCache
+from vllm_eigen.common.errors import EngineError
 from vllm_eigen.kernels.rope import RotaryTable, even_frequencies
 
 __all__ = [
@@ -75,21 +73,15 @@ __all__ = [
     "AutoWeightsLoader",
     "ColumnParallelLinear",
     "CommonAttentionMetadata",
-    "Gemma3ForCausalLM",
     "IntermediateTensors",
     "KVCacheLayout",
     "KVCacheSpec",
     "LayerNorm",
-    "LlamaForCausalLM",
     "LogitsProcessor",
-    "MistralForCausalLM",
     "MultipleOf",
-    "OPTForCausalLM",
     "PPMissingLayer",
     "ParallelLMHead",
     "QKVParallelLinear",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
     "RowParallelLinear",
     "SupportsPP",
     "VllmConfig",
@@ -110,10 +102,25 @@ __all__ = [
     "maybe_prefix",
     "mixed_cache",
     "rotary_table",
+    "rotate_query",
     "score_options",
     "set_weight_attrs",
+    "stock_class",
     "support_torch_compile",
 ]
+
+
+def stock_class(architecture: str) -> type[torch.nn.Module]:
+    """The class with which vLLM serves an architecture.
+
+    Raises:
+        EngineError: this vLLM has none.
+    """
+    registered = ModelRegistry.models.get(architecture)
+    if registered is None:
+        raise EngineError(f"this vLLM does not serve {architecture}; install another release of it")
+    found: type[torch.nn.Module] = registered.load_model_cls()
+    return found
 
 
 def forget_layer(vllm_config: VllmConfig, attention: Attention) -> None:
@@ -217,5 +224,19 @@ def mixed_cache(
 def rotary_table(rotary: Any) -> RotaryTable:
     """Table and frequencies of a vLLM rotary embedding."""
     # Not the module's buffer, which may be rounded to bfloat16.
-    cos_sin = rotary._compute_cos_sin_cache().float().contiguous()
-    return RotaryTable(cos_sin, even_frequencies(cos_sin), bool(rotary.is_neox_style))
+    if not isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding):
+        cos_sin = rotary._compute_cos_sin_cache().float().contiguous()
+        return RotaryTable(cos_sin, even_frequencies(cos_sin), bool(rotary.is_neox_style))
+    # One of two, by the longest sequence that is served.
+    long = rotary.max_position_embeddings, rotary.long_factor, rotary.long_mscale
+    short = rotary.original_max_position_embeddings, rotary.short_factor, rotary.short_mscale
+    cos_sin = rotary._compute_cos_sin_cache(*(long if rotary.use_long_rope else short))
+    return RotaryTable(cos_sin.float().contiguous(), even_frequencies(cos_sin))
+
+
+def rotate_query(rotary: Any, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Rotate queries [num_tokens, num_heads * head_size] alone."""
+    # LongRoPE insists on a key.
+    needs_key = isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding)
+    rotated, _ = rotary(positions, query, query[:, : rotary.head_size] if needs_key else None)
+    return rotated

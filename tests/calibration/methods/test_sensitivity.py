@@ -21,7 +21,7 @@ from vllm_eigen.calibration.statistics import gradients
 from vllm_eigen.calibration.statistics.attention_moments import GroupContext
 from vllm_eigen.calibration.statistics.batch import Batch
 from vllm_eigen.calibration.statistics.gradients import cotangent
-from vllm_eigen.calibration.statistics.rotary import rotate
+from vllm_eigen.calibration.statistics.rotary import Rotation, rotate
 from vllm_eigen.calibration.statistics.statistic import Accumulator
 from vllm_eigen.checkpoint.families import Geometry
 from vllm_eigen.checkpoint.modes import KeyMode
@@ -148,15 +148,19 @@ def test_degenerate_sums_give_finite_exact_maps(kind: str) -> None:
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, o_proj: torch.Tensor, tables: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    o_proj: torch.Tensor,
+    rotation: Rotation | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Causal attention of one window, written plainly: output, probabilities, context."""
     length, heads, size = query.shape
     shared = heads // key.shape[1]
     context, weights = [], []
     for head in range(heads):
-        q = rotate(query[None], *tables)[0, :, head]
-        k = rotate(key[None], *tables)[0, :, head // shared]
+        q = rotate(query[None], rotation)[0, :, head]
+        k = rotate(key[None], rotation)[0, :, head // shared]
         scores = q @ k.mT / size**0.5
         scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
         weights.append(scores.softmax(-1))
@@ -173,13 +177,14 @@ def _batch(rotary: bool, seed: int = 0, length: int = 7) -> Batch:
 
     query, key, value = normal(length, 4, 6), normal(length, 2, 6), normal(length, 2, 6)
     o_proj = normal(10, 4, 6)
-    tables: tuple[Any, Any] = (None, None)
+    rotation = None
     if rotary:
-        angles = torch.arange(length)[:, None] * torch.tensor([1.0, 0.3, 0.05])
-        angles = torch.cat([angles, angles], -1)[None].double()
-        tables = (angles.cos(), angles.sin())
-    _, weights, context = _attend(query, key, value, o_proj, tables)
-    return Batch(query[None], key[None], value[None], context[None], *tables, weights[None], o_proj)
+        angles = torch.arange(length)[None, :, None] * torch.tensor([1.0, 0.3, 0.05])
+        rotation = Rotation(angles.double().cos(), angles.double().sin())
+    _, weights, context = _attend(query, key, value, o_proj, rotation)
+    return Batch(
+        query[None], key[None], value[None], context[None], rotation, weights[None], o_proj
+    )
 
 
 @pytest.mark.parametrize("rotary", [False, True])
@@ -189,14 +194,14 @@ def test_gradients_are_those_of_automatic_differentiation(rotary: bool) -> None:
     query = batch.query[0].clone().requires_grad_()
     key = batch.key[0].clone().requires_grad_()
     value = batch.value[0].clone().requires_grad_()
-    output, _, _ = _attend(query, key, value, batch.o_proj, (batch.cos, batch.sin))
+    output, _, _ = _attend(query, key, value, batch.o_proj, batch.rotation)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (1, 7, 10), generator=generator, dtype=torch.int8) * 2 - 1
     expected = torch.autograd.grad((output * signs[0]).sum(), [key, value, query])
     found = batch.gradients.key
     if rotary:
-        found = rotate(found, batch.cos, batch.sin, back=True)
-        expected_query = rotate(expected[2][None], batch.cos, batch.sin)[0]
+        found = rotate(found, batch.rotation, back=True)
+        expected_query = rotate(expected[2][None], batch.rotation)[0]
     else:
         expected_query = expected[2]
     torch.testing.assert_close(batch.gradients.query[0], expected_query)
@@ -214,13 +219,11 @@ def test_the_metric_predicts_how_far_the_output_moves() -> None:
         batch = _batch(True, seed)
         assert batch.o_proj is not None
         gradient = batch.gradients.key
-        gradient = rotate(gradient, batch.cos, batch.sin, back=True).flatten(2)[0]
+        gradient = rotate(gradient, batch.rotation, back=True).flatten(2)[0]
         error = 1e-4 * torch.randn(7, 2, 6, dtype=torch.float64)
-        tables = (batch.cos, batch.sin)
-        exact, _, _ = _attend(batch.query[0], batch.key[0], batch.value[0], batch.o_proj, tables)
-        other, _, _ = _attend(
-            batch.query[0], batch.key[0] + error, batch.value[0], batch.o_proj, tables
-        )
+        options = (batch.value[0], batch.o_proj, batch.rotation)
+        exact, _, _ = _attend(batch.query[0], batch.key[0], *options)
+        other, _, _ = _attend(batch.query[0], batch.key[0] + error, *options)
         moved += float((other - exact).square().sum())
         predicted += float((gradient * error.flatten(1)).sum(1).square().sum())
     assert predicted == pytest.approx(moved, rel=0.25)

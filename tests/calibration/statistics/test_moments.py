@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +19,7 @@ from vllm_eigen.calibration.model.hooks import capture
 from vllm_eigen.calibration.model.layerwise import LayerwiseModel
 from vllm_eigen.calibration.model.source import open_source
 from vllm_eigen.calibration.statistics.batch import Batch
-from vllm_eigen.calibration.statistics.rotary import rotate
+from vllm_eigen.calibration.statistics.rotary import Rotation, rotate
 from vllm_eigen.calibration.statistics.statistic import Accumulator
 from vllm_eigen.checkpoint.families import Geometry
 from vllm_eigen.checkpoint.modes import KeyMode
@@ -105,18 +108,20 @@ def test_every_method_of_sums_gives_exact_maps_at_full_rank_even_without_data() 
                 assert bool((basis.loss.diff() <= 1e-12).all())
 
 
-def test_rotate_matches_transformers_and_undoes_itself() -> None:
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
+@pytest.mark.parametrize("family", ["llama", "glm4"])
+def test_rotate_matches_transformers_and_undoes_itself(family: str) -> None:
+    """Pairs are halves of a head in Llama, and neighbours in its first dimensions in GLM-4."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     torch.manual_seed(0)
-    x = torch.randn(2, 5, 3, 8)
+    x = torch.randn(2, 5, 3, 8 if family == "llama" else 11)
     angles = torch.rand(1, 5, 4) * 6
-    angles = torch.cat([angles, angles], -1)
     cos, sin = angles.cos() * 1.3, angles.sin() * 1.3
-    expected, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)
-    rotated = rotate(x, cos, sin)
+    heads, tables = x.transpose(1, 2), (cos.repeat(1, 1, 2), sin.repeat(1, 1, 2))
+    expected, _ = module.apply_rotary_pos_emb(heads, heads, *tables)
+    rotation = Rotation(cos, sin, interleaved=family == "glm4")
+    rotated = rotate(x, rotation)
     torch.testing.assert_close(rotated, expected.transpose(1, 2))
-    torch.testing.assert_close(rotate(rotated, cos, sin, back=True), x)
+    torch.testing.assert_close(rotate(rotated, rotation, back=True), x)
 
 
 def test_capture_sees_what_the_weights_say(make_model, tmp_path) -> None:  # type: ignore[no-untyped-def]

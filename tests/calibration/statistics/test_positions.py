@@ -20,7 +20,7 @@ from vllm_eigen.calibration.model.source import open_source
 from vllm_eigen.calibration.model.transformers_model import load_base
 from vllm_eigen.calibration.state import State
 from vllm_eigen.calibration.statistics.positions import Shifts
-from vllm_eigen.calibration.statistics.rotary import rotate
+from vllm_eigen.calibration.statistics.rotary import Rotation, rotate
 from vllm_eigen.checkpoint.modes import KeyMode
 from vllm_eigen.common.progress import Reporter
 
@@ -32,10 +32,11 @@ from vllm_eigen.common.progress import Reporter
     rest=st.integers(0, 3),
     last=st.integers(0, 50),
     stacked=st.booleans(),
+    interleaved=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_mean_is_that_of_the_rotated_vectors(
-    heads: int, pairs: int, rest: int, last: int, stacked: bool, seed: int
+    heads: int, pairs: int, rest: int, last: int, stacked: bool, interleaved: bool, seed: int
 ) -> None:
     size = max(1, 2 * pairs + rest)
     generator = torch.Generator().manual_seed(seed)
@@ -49,9 +50,10 @@ def test_mean_is_that_of_the_rotated_vectors(
 
     expected = torch.zeros_like(moment(vectors))
     for shift in range(last + 1):
-        angles = (shift * frequencies).repeat(2)[None, None]
-        expected += moment(rotate(vectors, angles.cos(), angles.sin())) / (last + 1)
-    found = Shifts(frequencies, last).mean(moment(vectors), size)
+        angles = (shift * frequencies)[None, None]
+        rotation = Rotation(angles.cos(), angles.sin(), interleaved)
+        expected += moment(rotate(vectors, rotation)) / (last + 1)
+    found = Shifts(frequencies, last, interleaved).mean(moment(vectors), size)
     torch.testing.assert_close(found, expected)
 
 

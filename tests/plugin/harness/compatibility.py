@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugin.harness.rows import CODED_ROWS, ROWS, Row
+from tests.plugin.harness.rows import CODED_ROWS, FAMILY_ROWS, ROWS, Row
 from vllm_eigen.common.files import atomic_file
 
 COLUMNS = {
@@ -36,6 +36,10 @@ CODED_COLUMNS = {
     "test_coded_preemption": "preemption",
     "test_two_ranks": "TP = 2",
     "test_compiled": "compiled",
+}
+FAMILY_COLUMNS = {
+    "test_coded_family": "coded: prefill, chunks, decode, prefix hit, preemption",
+    "test_full_rank_gives_the_tokens_of_the_base": "full rank: the base's tokens",
 }
 HEAD = """# What works
 
@@ -61,6 +65,13 @@ float32; where a latent lies next to the border of two codes and gets the other 
 prompts may be off by more than a thousandth.
 
 """
+FAMILIES = """
+## More families
+
+Their attention is made of what the tables above prove. The engine runs the machine's own kernels
+here, on one compressed layer.
+
+"""
 
 
 class Compatibility:
@@ -79,7 +90,7 @@ class Compatibility:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             word = f"not run here ({reason.removeprefix('Skipped: ')})"
         name, _, row = report.nodeid.split("::")[-1].rstrip("]").partition("[")
-        if name in COLUMNS:
+        if name in {**COLUMNS, **CODED_COLUMNS, **FAMILY_COLUMNS}:
             self._cells[row, name] = word
         for kind, note in report.user_properties:
             found = self._notes[kind]
@@ -111,6 +122,7 @@ class Compatibility:
         )
         text += self._table(ROWS, COLUMNS) + MODES
         text += CODED + self._table(CODED_ROWS, CODED_COLUMNS)
+        text += FAMILIES + self._table(FAMILY_ROWS, FAMILY_COLUMNS)
         for kind, title in (("feature", "vLLM's features"), ("refused", "Refused, in one line")):
             text += f"\n## {title}\n\n"
             notes = sorted(self._notes[kind].items())

@@ -88,7 +88,7 @@ class Row:
     def engine(self) -> dict[str, Any]:
         """What the engine is told besides."""
         # vLLM's own CPU attention, in the layers that are kept, takes blocks of 32.
-        return {"block_size": 32} if self.kind == "gemma3_text" else {}
+        return {"block_size": 32} if self.kind in ("gemma2", "gemma3_text") else {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +98,13 @@ class CodedRow(Row):
     Attributes:
         key_mode, head_group: of the checkpoint.
         exact: whether the engine takes the reference kernels, else those of the machine.
+        compressed: layers that are compressed, if there are so many.
     """
 
     key_mode: KeyMode | None = None
     head_group: int = 1
     exact: bool = True
+    compressed: int = len(RANKS)
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.name}-coded"
@@ -125,7 +127,7 @@ class CodedRow(Row):
     @property
     def layers(self) -> int:
         """Layers that are compressed."""
-        return int(self.changes.get("num_hidden_layers", len(RANKS)))
+        return min(int(self.changes.get("num_hidden_layers", len(RANKS))), self.compressed)
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,18 @@ LLAMA3 = _scaled(
 )
 WINDOW = {"sliding_window": 150}
 ONE_KV_HEAD = {"num_key_value_heads": 1}
+LONGROPE = {
+    "max_position_embeddings": 4 * MAX_MODEL_LEN,
+    "original_max_position_embeddings": MAX_MODEL_LEN,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.1 * pair for pair in range(16)],
+        "long_factor": [2.0 + pair for pair in range(16)],
+        "original_max_position_embeddings": MAX_MODEL_LEN,
+    },
+}
+"""Served up to the original length, so with the short factors."""
 
 ROWS = (
     Row("opt", "no-rope"),
@@ -247,6 +261,18 @@ MACHINE_ROWS = (
     CodedRow("mistral", "one-layer-pre-rope", {**ONE_LAYER, **WINDOW}, exact=False),
 )
 """For the machine's own kernels: what they round cannot move a code of a layer that follows."""
+
+FAMILY_ROWS = (
+    CodedRow("phi3", "pre-rope", ONE_LAYER, exact=False),
+    CodedRow("phi3", "post-rope", ONE_LAYER, key_mode=KeyMode.POST_ROPE, exact=False),
+    CodedRow("phi3", "longrope", {**ONE_LAYER, **LONGROPE}, exact=False),
+    CodedRow("granite", "pre-rope", ONE_LAYER, exact=False),
+    CodedRow("stablelm", "pre-rope", ONE_LAYER, exact=False),
+    CodedRow("glm4", "pre-rope", ONE_LAYER, exact=False),
+    CodedRow("glm4", "post-rope", ONE_LAYER, key_mode=KeyMode.POST_ROPE, exact=False),
+    CodedRow("gemma2", "pre-rope", WINDOW, exact=False, compressed=1),
+)
+"""Of families that lean on what those above prove: one engine each, coded."""
 
 MACHINE_LIMITS = {"limit": 1e-3}
 

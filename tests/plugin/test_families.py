@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families beside those of the matrix: one engine pushed through everything, one at full rank.
+
+What does not depend on the family is proven by `test_matrix.py` and `test_coded.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.calibration import tiny
+from tests.plugin.conftest import Rows
+from tests.plugin.harness import scenarios
+from tests.plugin.harness.engine import ask, engine, rotated
+from tests.plugin.harness.rows import FAMILY_ROWS, MACHINE_LIMITS, MAX_MODEL_LEN, CodedRow
+from tests.plugin.harness.two_ranks import word_prompts
+from vllm_eigen.checkpoint import families
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("row", FAMILY_ROWS, ids=str)
+def test_coded_family(row: CodedRow, served: Rows) -> None:
+    with scenarios.small_engine(served(row)) as found:
+        for scenario in (
+            scenarios.prefill,
+            scenarios.chunked_prefill,
+            scenarios.decode,
+            scenarios.prefix_hit,
+            scenarios.preemption,
+        ):
+            scenario(*found, **MACHINE_LIMITS)
+
+
+@pytest.mark.parametrize("row", {row.kind: row for row in reversed(FAMILY_ROWS)}.values(), ids=str)
+def test_full_rank_gives_the_tokens_of_the_base(
+    row: CodedRow, served: Rows, tmp_path: Path
+) -> None:
+    base = served(row).base
+    asked = word_prompts([1, 17, 200], seed=10)
+    tokens = []
+    for model in (base, rotated(base, tmp_path / "rotated")):
+        with engine(model, max_model_len=MAX_MODEL_LEN, **row.engine) as llm:
+            tokens.append([answer.tokens for answer in ask(llm, asked, 24, logits=False)])
+    assert tokens[1] == tokens[0]
+    assert len({tuple(answer) for answer in tokens[0]}) == len(asked)
+
+
+def test_the_guide_s_family_needs_no_more_than_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_eigen.plugin import models, register
+
+    guide = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(replace\(.*?)```", guide, re.DOTALL)
+    assert len(block.splitlines()) <= 25
+    row: Any = eval(block, {"replace": replace, "_LLAMA": families.FAMILIES[0]})
+    assert row not in families.FAMILIES
+    for module in (families, models, register):
+        monkeypatch.setattr(module, "FAMILIES", (*families.FAMILIES, row))
+    register.register()
+    kind = row.model_type
+    monkeypatch.setitem(tiny.MAKERS, kind, {**tiny.MAKERS["llama"], "model_type": kind})
+    made = CodedRow(kind, "guide", {"num_hidden_layers": 1, "use_bias": True}, exact=False)
+    with scenarios.small_engine(made.write(tmp_path)) as found:
+        scenarios.chunked_prefill(*found, **MACHINE_LIMITS)
+        scenarios.decode(*found, **MACHINE_LIMITS)
