@@ -36,7 +36,8 @@ def auto_model(config: Any, eager: bool) -> Any:
 
     build: Any = AutoModelForCausalLM.from_config
     options = {"attn_implementation": "eager"} if eager else {}
-    return build(config, dtype=torch.float32, **options)
+    # Experts one by one: what multiplies them at once has demands on types and layouts.
+    return build(config, dtype=torch.float32, experts_implementation="eager", **options)
 
 
 def load_base(source: Source, device: torch.device | str = "cpu") -> Any:

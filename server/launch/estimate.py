@@ -290,7 +290,7 @@ def _other_elements(config: Mapping[str, Any], geometry: Geometry) -> int:
     """Elements outside the attention: embeddings, feed-forward layers, biases and norms."""
     hidden = geometry.hidden_size
     model_type = str(config.get("model_type"))
-    gated = model_type not in ("opt", "mpt")
+    gated = model_type not in ("opt", "mpt", "starcoder2")
     try:
         vocab_size = int(config["vocab_size"])
         intermediate = int(config.get("intermediate_size") or config.get("ffn_dim") or 0)
@@ -301,6 +301,7 @@ def _other_elements(config: Mapping[str, Any], geometry: Geometry) -> int:
             f"config.json: field {error} is missing or no number"
         ) from error
     gemma = model_type.startswith("gemma")
+    # What transformers takes where the configuration does not say.
     tied = bool(config.get("tie_word_embeddings", gemma or not gated))
     norms = 4 * hidden + 2 * geometry.head_size if gemma else 2 * hidden
     per_layer = norms

@@ -15,7 +15,7 @@ import torch
 from vllm_eigen.calibration.model.source import open_source
 from vllm_eigen.calibration.model.transformers_model import auto_config, auto_model
 from vllm_eigen.checkpoint.families import FAMILIES
-from vllm_eigen.server.launch.estimate import estimate
+from vllm_eigen.server.launch.estimate import element_bytes, estimate
 
 MODELS: dict[str, Any] = json.loads(
     Path(__file__).with_name("real_models.json").read_text(encoding="utf-8")
@@ -32,7 +32,8 @@ def test_dry_run(name: str, tmp_path: Path, command: Callable[..., tuple[int, st
         model = auto_model(auto_config(source), eager=False)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=2e-3)
     weights = estimate(config, 1 << 40).uncompressed.weight_bytes
-    assert weights / 2e9 == pytest.approx(billions, rel=5e-3)
+    element = element_bytes(config["torch_dtype"])
+    assert weights / element / 1e9 == pytest.approx(billions, rel=5e-3)
     arguments = ("--output", tmp_path / "out", "--kv-ratio", 0.27, "--dry-run")
     status, printed, error = command("calibrate", tmp_path, *arguments)
     assert status == 0, error

@@ -124,6 +124,28 @@ MAKERS: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "attention_bias": True,
     },
+    "olmo2": {
+        "model_type": "olmo2",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
+    "starcoder2": {
+        "model_type": "starcoder2",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "sliding_window": 10,
+        "use_bias": True,
+        "residual_dropout": 0.0,
+        "embedding_dropout": 0.0,
+    },
     "mixtral": {
         "model_type": "mixtral",
         "num_hidden_layers": 2,
@@ -202,7 +224,8 @@ def build_model(kind: str, seed: int = 0, **changes: Any) -> Any:
     config = AutoConfig.for_model(**settings)
     torch.manual_seed(seed)
     # Other implementations than eager leave a soft cap out.
-    options = {"attn_implementation": "eager"} if kind == "gemma2" else {}
+    options: dict[str, Any] = {"attn_implementation": "eager"} if kind == "gemma2" else {}
+    options["experts_implementation"] = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -34,6 +34,17 @@ def _ranks(heads: int, kv_heads: int, tp_size: int, **changes: Any) -> Callable[
     return lambda: check_supported(eigen, config)
 
 
+def _geometry(architecture: str, **options: Any) -> Any:
+    config = {"architectures": [architecture], **options}
+    return family_of(config).geometry(config)
+
+
+def _check_norms(architecture: str, tp_size: int) -> None:
+    from vllm_eigen.plugin.validation import check_norms
+
+    check_norms(family_of({"architectures": [architecture]}), tp_size)
+
+
 def _refused(name: str, call: Callable[[], Any], error: type[EigenError], message: str) -> Any:
     return pytest.param(call, error, message, id=name, marks=pytest.mark.refused(name))
 
@@ -46,6 +57,30 @@ def _refused(name: str, call: Callable[[], Any], error: type[EigenError], messag
             lambda: family_of({"architectures": ["GPT2LMHeadModel"]}),
             UnsupportedModelError,
             "GPT2LMHeadModel is not supported; supported: Llama",
+        ),
+        _refused(
+            "GPT-OSS: attention sinks",
+            lambda: family_of({"architectures": ["GptOssForCausalLM"]}),
+            UnsupportedModelError,
+            r"GptOssForCausalLM is not supported \(its attention has sinks, which the kernels do",
+        ),
+        _refused(
+            "Qwen3-Next and Qwen3.5: state layers beside gated attention",
+            lambda: family_of({"architectures": ["Qwen3NextForCausalLM"]}),
+            UnsupportedModelError,
+            r"Qwen3NextForCausalLM is not supported \(it has state layers beside its attention",
+        ),
+        _refused(
+            "StableLM with norms of query and key heads",
+            lambda: _geometry("StableLmForCausalLM", qk_layernorm=True),
+            UnsupportedModelError,
+            "qk_layernorm=true is not supported; supported: false",
+        ),
+        _refused(
+            "StableLM with the MLP beside the attention",
+            lambda: _geometry("StableLmForCausalLM", use_parallel_residual=True),
+            UnsupportedModelError,
+            "use_parallel_residual=true is not supported; supported: false",
         ),
         _refused(
             "MPT with norms of queries and keys",
@@ -76,6 +111,12 @@ def _refused(name: str, call: Callable[[], Any], error: type[EigenError], messag
             _ranks(6, 2, 4),
             UsageError,
             "6 query heads cannot be split over 4 ranks",
+        ),
+        _refused(
+            "norms of all heads together on several ranks",
+            lambda: _check_norms("Olmo2ForCausalLM", 2),
+            UsageError,
+            "norms of Olmo2ForCausalLM are of all heads together and cannot be split over 2 ranks",
         ),
         _refused(
             "KV heads that ranks cannot share",

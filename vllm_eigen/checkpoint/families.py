@@ -54,6 +54,7 @@ class Family:
         q_norm, k_norm: names of the norms of query and key heads before rotation, if any.
         interleaved: whether RoPE pairs are neighbouring dimensions, (2 i, 2 i + 1), and not halves
             of what rotates, (i, i + n).
+        wide_norms: whether these norms are of all heads together, and not of each.
         heads_first: whether transformers applies these norms to [batch, heads, tokens, size], and
             not to [batch, tokens, heads, size].
         full_every: of a family that mixes layers with full attention and with sliding windows:
@@ -84,6 +85,7 @@ class Family:
     q_norm: str = ""
     k_norm: str = ""
     interleaved: bool = False
+    wide_norms: bool = False
     heads_first: bool = False
     full_every: int = 0
     qkv_proj: str = ""
@@ -249,6 +251,15 @@ FAMILIES: tuple[Family, ...] = (
     replace(_LLAMA, model_type="glm4", architecture="Glm4ForCausalLM", interleaved=True),
     replace(
         _LLAMA,
+        model_type="olmo2",
+        architecture="Olmo2ForCausalLM",
+        q_norm="q_norm",
+        k_norm="k_norm",
+        wide_norms=True,
+    ),
+    replace(_LLAMA, model_type="starcoder2", architecture="Starcoder2ForCausalLM"),
+    replace(
+        _LLAMA,
         model_type="mixtral",
         architecture="MixtralForCausalLM",
         experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2"),
@@ -300,6 +311,23 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+_MLA = "its attention, MLA, caches latents already"
+_STATES = "it has state layers beside its attention, which is gated"
+_SINKS = "its attention has sinks, which the kernels do not know"
+NOT_SERVED: Mapping[str, str] = {
+    "DeepseekV2ForCausalLM": _MLA,
+    "DeepseekV3ForCausalLM": _MLA,
+    "Gemma3ForConditionalGeneration": "it takes images; its text model is supported",
+    "GptOssForCausalLM": _SINKS,
+    "GraniteMoeHybridForCausalLM": "it has state layers beside its attention",
+    "GraniteSWAForCausalLM": _SINKS,
+    "Qwen3NextForCausalLM": _STATES,
+    "Qwen3_5ForCausalLM": _STATES,
+    "Qwen3_5MoeForCausalLM": _STATES,
+}
+"""Why an architecture has no description."""
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family named by a `config.json` dictionary, base or Eigen.
 
@@ -312,8 +340,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
         if any(name in architectures for name in names):
             return family
     named = ", ".join(map(str, architectures)) or f"model_type {config.get('model_type')!r}"
+    reasons = [f" ({NOT_SERVED[name]})" for name in architectures if name in NOT_SERVED]
     supported = ", ".join(family.architecture for family in FAMILIES)
-    raise UnsupportedModelError(f"architecture {named} is not supported; supported: {supported}")
+    raise UnsupportedModelError(
+        f"architecture {named} is not supported{''.join(reasons)}; supported: {supported}"
+    )
 
 
 def _field(config: Mapping[str, Any], path: str) -> Any:

@@ -21,14 +21,20 @@ from vllm_eigen.checkpoint.families import FAMILIES, family_of
 from vllm_eigen.checkpoint.validate import validate
 from vllm_eigen.common.errors import UsageError
 from vllm_eigen.kernels import Latents, Limits, RotaryTable
-from vllm_eigen.plugin.self_attention import EigenSelfAttention, Shared
+from vllm_eigen.plugin.self_attention import (
+    EigenSelfAttention,
+    Shared,
+    TransformersSelfAttention,
+)
 from vllm_eigen.plugin.step_planner import StepPlanner, choose_kernels
-from vllm_eigen.plugin.validation import check_attention, check_positions
+from vllm_eigen.plugin.validation import check_attention, check_norms, check_positions
 from vllm_eigen.plugin.vllm_api import (
     PPMissingLayer,
     VllmConfig,
     forget_layer,
+    rotary_of,
     rotary_table,
+    runs_transformers,
     stock_class,
 )
 
@@ -71,6 +77,7 @@ def replace_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
     eigen = eigen_config(vllm_config)
     check_supported(eigen, vllm_config)
     family = family_of(vllm_config.model_config.hf_config.to_dict())
+    check_norms(family, vllm_config.parallel_config.tensor_parallel_size)
     kernels = choose_kernels(torch.get_default_device().type)
     check_attention(eigen, vllm_config, kernels)
     limits = Limits(
@@ -86,19 +93,22 @@ def replace_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
     shared = Shared(family, eigen, vllm_config, planner)
     tables: dict[nn.Module, RotaryTable] = {}  # vLLM's layers share one rotary module
     layers: Any = model.get_submodule(f"{family.decoder}.{family.layers}")
+    kind = TransformersSelfAttention if runs_transformers(model) else EigenSelfAttention
     for ranks, index in zip(eigen.layers, eigen.layer_indices, strict=True):
         layer = layers[index]
         if isinstance(layer, PPMissingLayer):
             continue
         stock = getattr(layer, family.attention)
-        rotary = None
+        rotary_emb = table = None
+        if eigen.key_mode.has_rope:
+            rotary_emb = rotary_of(stock, vllm_config, is_neox_style=not family.interleaved)
         if eigen.key_mode.reconstructs_keys:
-            if stock.rotary_emb not in tables:
-                tables[stock.rotary_emb] = rotary_table(stock.rotary_emb)
-                check_positions(tables[stock.rotary_emb], vllm_config.model_config.max_model_len)
-            rotary = tables[stock.rotary_emb]
+            if rotary_emb not in tables:
+                tables[rotary_emb] = rotary_table(rotary_emb)
+                check_positions(tables[rotary_emb], vllm_config.model_config.max_model_len)
+            table = tables[rotary_emb]
         forget_layer(vllm_config, stock.attn)
-        setattr(layer, family.attention, EigenSelfAttention(stock, ranks, shared, rotary))
+        setattr(layer, family.attention, kind(stock, ranks, shared, rotary_emb, table))
 
 
 def eigen_config(vllm_config: VllmConfig) -> EigenConfig:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention module of a decoder layer: project, rotate, cache and attend, project back.
 
-`EigenSelfAttention` stands in the place of the stock model's attention module, with projections
-that have bases multiplied in, and the other bases beside them.
+`CompressedAttention` stands in the place of the stock model's attention module, with projections
+that have bases multiplied in, and the other bases beside them. How it is called depends on whose
+model it is.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from vllm_eigen.plugin.vllm_api import (
     VllmConfig,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    projected,
     rotate_query,
     score_options,
     set_weight_attrs,
@@ -53,30 +55,37 @@ class Shared:
     planner: StepPlanner
 
 
-class EigenSelfAttention(nn.Module):
+class CompressedAttention(nn.Module):
     """Attention of a decoder layer, as `checkpoint.modes.Projections` says.
 
     Latents that the projections do not make are made of what the stock module would cache: after
     its norms and clips, and in post-rope mode after RoPE.
 
     Args:
-        stock: the module to stand in for. Its rotary embedding, norms, clip, mask and biases carry
-            over, and its projections, quantized or adapted as they may be, if untouched.
+        stock: the module to stand in for. Its norms, clip, mask and biases carry over, and its
+            projections, quantized or adapted as they may be, if untouched.
         ranks: of the decoder layer.
-        rotary: table of the stock module's RoPE, needed where keys are reconstructed.
+        rotary_emb: vLLM's rotary embedding; None without RoPE.
+        rotary: its table, needed where keys are reconstructed.
     """
 
     def __init__(
-        self, stock: Any, ranks: LayerRanks, shared: Shared, rotary: RotaryTable | None
+        self,
+        stock: Any,
+        ranks: LayerRanks,
+        shared: Shared,
+        rotary_emb: Any,
+        rotary: RotaryTable | None,
     ) -> None:
         super().__init__()
         eigen = shared.eigen
         self.ranks = ranks
         self.key_mode = eigen.key_mode
         self.head_size = eigen.head_size
-        self.rotary_emb: Any = getattr(stock, "rotary_emb", None)
+        self.rotary_emb = rotary_emb
         self.q_norm: Any = getattr(stock, "q_norm", None)
         self.k_norm: Any = getattr(stock, "k_norm", None)
+        self._wide_norms = shared.family.wide_norms
         self.clip_qkv: float | None = getattr(stock, "clip_qkv", None)
         tp_size = get_tensor_model_parallel_world_size()
         self.num_heads = eigen.num_heads // tp_size
@@ -109,17 +118,14 @@ class EigenSelfAttention(nn.Module):
             **score_options(stock.attn),
         )
 
-    def forward(
-        self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def attend(self, hidden_states: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """[num_tokens, hidden] to [num_tokens, hidden]."""
-        qkv, _ = self.qkv_proj(hidden_states)
+        qkv = projected(self.qkv_proj, hidden_states)
         if self.clip_qkv:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         query, key, value = qkv.split(self._widths, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            query = self.q_norm(query.reshape(-1, self.head_size)).view(query.shape)
-            key = self.k_norm(key.reshape(-1, self.head_size)).view(key.shape)
+            query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
         if self.rotary_emb is not None:
             # In a compiled graph nothing is rotated in place: only what is returned counts. vLLM's
             # CPU kernel stores aligned vectors: rows must not begin at odd widths.
@@ -137,8 +143,13 @@ class EigenSelfAttention(nn.Module):
                 group = self.num_heads // self.num_kv_heads
                 offset = self._basis(VALUE_OFFSET).repeat_interleave(group, dim=0)
                 context = context + offset.flatten()
-        output, _ = getattr(self, self._output)(context)
-        return output
+        return projected(getattr(self, self._output), context)
+
+    def _normed(self, norm: Any, rows: torch.Tensor) -> torch.Tensor:
+        """Queries or keys after their norm, of each head or of all together."""
+        size = rows.shape[-1] if self._wide_norms else self.head_size
+        normed: torch.Tensor = norm(rows.reshape(-1, size))
+        return normed.view(rows.shape)
 
     def _fold(self, stock: Any, family: Family, eigen: EigenConfig) -> None:
         """Create `qkv_proj`, and the output projection under the family's name for it."""
@@ -205,6 +216,31 @@ class EigenSelfAttention(nn.Module):
     def _optional(self, name: str) -> torch.Tensor | None:
         """The parameter, or None where the checkpoint has none."""
         return self._basis(name) if hasattr(self, name) else None
+
+
+class EigenSelfAttention(CompressedAttention):
+    """In one of vLLM's own models."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[num_tokens, hidden] to [num_tokens, hidden]."""
+        return self.attend(hidden_states, positions)
+
+
+class TransformersSelfAttention(CompressedAttention):
+    """In a model of transformers that vLLM runs."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, None]:
+        """[1, num_tokens, hidden] to the same, and no probabilities.
+
+        Args:
+            position_ids: [1, num_tokens].
+            options: mask and rotary tables, which a paged cache does not need.
+        """
+        return self.attend(hidden_states[0], position_ids[0])[None], None
 
 
 def _per_head(rows: torch.Tensor, maps: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vllm_eigen.checkpoint.config import EigenConfig
+from vllm_eigen.checkpoint.families import Family
 from vllm_eigen.common.errors import UsageError
 from vllm_eigen.kernels import Kernels, RotaryTable
 from vllm_eigen.plugin.backend import BLOCK_MULTIPLE, EigenAttentionBackend
@@ -57,6 +58,19 @@ def check_positions(rotary: RotaryTable, max_model_len: int) -> None:
         raise UsageError(
             f"--max-model-len {max_model_len} is longer than this model's RoPE table of "
             f"{rotary.max_position} positions; lower it, or scale RoPE with --hf-overrides"
+        )
+
+
+def check_norms(family: Family, tensor_parallel_size: int) -> None:
+    """Refuse to split a norm of all heads together: a rank does not see the others' heads.
+
+    Raises:
+        UsageError: see above.
+    """
+    if family.wide_norms and tensor_parallel_size > 1:
+        raise UsageError(
+            f"norms of {family.architecture} are of all heads together and cannot be split over "
+            f"{tensor_parallel_size} ranks; serve it with --tensor-parallel-size 1"
         )
 
 

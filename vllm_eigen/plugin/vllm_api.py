@@ -28,6 +28,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import (
     Phi3LongRoPEScaledRotaryEmbedding,
 )
@@ -101,8 +102,11 @@ __all__ = [
     "make_layers",
     "maybe_prefix",
     "mixed_cache",
+    "projected",
+    "rotary_of",
     "rotary_table",
     "rotate_query",
+    "runs_transformers",
     "score_options",
     "set_weight_attrs",
     "stock_class",
@@ -232,6 +236,34 @@ def rotary_table(rotary: Any) -> RotaryTable:
     short = rotary.original_max_position_embeddings, rotary.short_factor, rotary.short_mscale
     cos_sin = rotary._compute_cos_sin_cache(*(long if rotary.use_long_rope else short))
     return RotaryTable(cos_sin.float().contiguous(), even_frequencies(cos_sin))
+
+
+def projected(linear: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """What one of vLLM's linear layers makes of rows; some return a bias beside it."""
+    output = linear(rows)
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def runs_transformers(model: torch.nn.Module) -> bool:
+    """Whether vLLM runs transformers' own model, for lack of one that it has itself."""
+    from vllm.model_executor.models.transformers.base import Base
+
+    return isinstance(model, Base)
+
+
+def rotary_of(stock: Any, vllm_config: VllmConfig, is_neox_style: bool) -> Any:
+    """The rotary embedding of a stock attention module; transformers' modules have none."""
+    found = getattr(stock, "rotary_emb", None)
+    if found is not None:
+        return found
+    config = vllm_config.model_config.hf_text_config
+    return get_rope(
+        stock.head_dim,
+        max_position=config.max_position_embeddings,
+        is_neox_style=is_neox_style,
+        rope_parameters=config.rope_parameters,
+    )
 
 
 def rotate_query(rotary: Any, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

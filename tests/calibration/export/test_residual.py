@@ -19,7 +19,7 @@ from vllm_eigen.calibration.state import State
 from vllm_eigen.common.errors import UsageError
 from vllm_eigen.common.progress import Reporter
 
-NOT_PLAIN = ("gemma2", "gemma3_text", "glm4", "granite")
+NOT_PLAIN = ("gemma2", "gemma3_text", "glm4", "granite", "olmo2")
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in sorted(set(MAKERS) - set(NOT_PLAIN))),
     ("opt", {"do_layer_norm_before": False}),

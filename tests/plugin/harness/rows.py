@@ -190,6 +190,8 @@ LLAMA3 = _scaled(
 )
 WINDOW = {"sliding_window": 150}
 ONE_KV_HEAD = {"num_key_value_heads": 1}
+SOFT_CAP = {"attn_logit_softcapping": 20.0}
+"""vLLM's own CPU attention gives NaN where a score is far beyond the cap."""
 LONGROPE = {
     "max_position_embeddings": 4 * MAX_MODEL_LEN,
     "original_max_position_embeddings": MAX_MODEL_LEN,
@@ -270,7 +272,12 @@ FAMILY_ROWS = (
     CodedRow("stablelm", "pre-rope", ONE_LAYER, exact=False),
     CodedRow("glm4", "pre-rope", ONE_LAYER, exact=False),
     CodedRow("glm4", "post-rope", ONE_LAYER, key_mode=KeyMode.POST_ROPE, exact=False),
-    CodedRow("gemma2", "pre-rope", WINDOW, exact=False, compressed=1),
+    CodedRow("gemma2", "pre-rope", {**WINDOW, **SOFT_CAP}, exact=False, compressed=1),
+    CodedRow("olmo2", "pre-rope", ONE_LAYER, exact=False),
+    CodedRow("starcoder2", "pre-rope", {**ONE_LAYER, **WINDOW}, exact=False),
+    CodedRow("mixtral", "pre-rope", ONE_LAYER, exact=False),
+    CodedRow("qwen2_moe", "pre-rope", ONE_LAYER, exact=False),
+    CodedRow("qwen3_moe", "pre-rope", ONE_LAYER, exact=False),
 )
 """Of families that lean on what those above prove: one engine each, coded."""
 

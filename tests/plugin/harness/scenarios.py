@@ -23,11 +23,15 @@ BLOCKS = 40
 
 
 @contextlib.contextmanager
-def small_engine(served: Served) -> Iterator[tuple[Any, Any]]:
-    """An engine with little room, and its reference in transformers."""
+def small_engine(served: Served, blocks: int = BLOCKS) -> Iterator[tuple[Any, Any]]:
+    """An engine with little room, and its reference in transformers.
+
+    Args:
+        blocks: of the pool, so few that `preemption` overflows it.
+    """
     settings = {
         "max_model_len": MAX_MODEL_LEN,
-        "kv_cache_memory_bytes": BLOCKS * block_bytes(served),
+        "kv_cache_memory_bytes": blocks * block_bytes(served),
         "block_size": BLOCK,
         "max_num_batched_tokens": CHUNK,
         "max_num_seqs": 8,
