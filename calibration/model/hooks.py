@@ -219,9 +219,12 @@ def _hook_rotation(
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tables = kwargs.get("position_embeddings")
+        if not tables:
+            seen["rotation"] = None
+            return
         # transformers repeats the angle of a pair for both of its dimensions.
-        halves = [table.chunk(2, dim=-1)[0] for table in tables] if tables else None
-        seen["rotation"] = Rotation(*halves, family.interleaved) if halves else None
+        cos, sin = (table.chunk(2, dim=-1)[0] for table in tables)
+        seen["rotation"] = Rotation(cos, sin, family.interleaved)
 
     handle = attention.register_forward_pre_hook(keep, with_kwargs=True)
     stack = contextlib.ExitStack()

@@ -99,9 +99,10 @@ def replace_attention(model: nn.Module, vllm_config: VllmConfig) -> None:
         if isinstance(layer, PPMissingLayer):
             continue
         stock = getattr(layer, family.attention)
-        rotary_emb = table = None
+        rotary_emb: Any = None
         if eigen.key_mode.has_rope:
             rotary_emb = rotary_of(stock, vllm_config, is_neox_style=not family.interleaved)
+        table = None
         if eigen.key_mode.reconstructs_keys:
             if rotary_emb not in tables:
                 tables[rotary_emb] = rotary_table(rotary_emb)

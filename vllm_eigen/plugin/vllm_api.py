@@ -266,7 +266,7 @@ def rotary_of(stock: Any, vllm_config: VllmConfig, is_neox_style: bool) -> Any:
     )
 
 
-def rotate_query(rotary: Any, positions: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+def rotate_query(rotary: Any, positions: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor:
     """Rotate queries [num_tokens, num_heads * head_size] alone."""
     # LongRoPE insists on a key.
     needs_key = isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding)
