@@ -2,7 +2,7 @@
 """Which vLLM releases the plugin supports, and the check that says so in one line.
 
 What stands elsewhere in one release than in another is in a module for each, all with the same
-names: `vllm_0_32`, `vllm_0_33`. What all have is in `vllm_api`.
+names, in `releases`. What all have is in `vllm_api`.
 """
 
 from __future__ import annotations
@@ -63,4 +63,4 @@ def own_module() -> Any:
         EngineError: see `check_vllm_version`.
     """
     name = SUPPORTED[minor_version(check_vllm_version())]
-    return import_module(f"vllm_eigen.plugin.{name}")
+    return import_module(f"vllm_eigen.plugin.releases.{name}")

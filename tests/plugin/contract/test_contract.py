@@ -17,7 +17,7 @@ from vllm_eigen.plugin.vllm_version import SUPPORTED, minor_version
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[3]
-OURS = [*(ROOT / "vllm_eigen/plugin").glob("*.py"), *(ROOT / "server").rglob("*.py")]
+OURS = [*(ROOT / "vllm_eigen/plugin").rglob("*.py"), *(ROOT / "server").rglob("*.py")]
 TESTED = ("0.32.0", "0.33.0")
 
 
