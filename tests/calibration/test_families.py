@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.calibration.model.test_fold import folded
 from tests.calibration.tiny import MAKERS, build_model, read_config, save_model
@@ -21,6 +22,7 @@ from vllm_eigen.calibration.model.layerwise import LayerwiseModel
 from vllm_eigen.calibration.model.source import Weights, open_source
 from vllm_eigen.checkpoint.families import family_of
 from vllm_eigen.checkpoint.validate import validate
+from vllm_eigen.common.errors import InputError
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -175,3 +177,32 @@ def test_a_model_with_windows_calibrates_coded(
     status, _, error = command("inspect", output)
     assert status == 1
     assert "compresses layers [2, 3]" in error
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_are_fused_for_transformers_and_written_as_they_were(
+    kind: str, tmp_path: Path
+) -> None:
+    model = build_model(kind)
+    source = open_source(str(save_model(model, tmp_path / "base")))
+    fused = {name: source.tensors.get(name) for name in source.tensors}
+    whole = model.state_dict()
+    assert {name for name in whole if name.endswith("experts.gate_up_proj")} <= set(fused)
+    assert set(fused) == set(whole)
+    assert all(torch.equal(fused[name], whole[name]) for name in whole)
+    output, _ = folded(source.folder, tmp_path / "eigen", [(4, 4)] * 2)
+    written = Weights(output, source.family)
+    experts = [name for name in source.weights if ".experts." in name]
+    assert len(experts) == 3 * 4 * (1 if kind == "qwen3_moe" else 2)
+    assert all(torch.equal(written.get(name), source.weights.get(name)) for name in experts)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    folder = save_model(build_model("mixtral"), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    layerwise = LayerwiseModel(open_source(str(folder)), torch.device("cpu"))
+    layerwise.layer(0)
+    with pytest.raises(InputError, match=r"experts\.2\.w3\.weight is missing"):
+        layerwise.layer(1)
