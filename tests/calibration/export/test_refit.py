@@ -92,7 +92,7 @@ def _nll(model: Any, tokens: torch.Tensor) -> float:
 
 
 # transformers insists on Qwen's own tokenizer for Qwen2, which knows none of the tiny text.
-@pytest.mark.parametrize("kind", ["llama", "mistral", "mpt", "opt", "phi3", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mpt", "opt", "phi3", "qwen3"])
 def test_the_checkpoint_is_what_was_measured(
     kind: str,
     make_model: Callable[..., Path],

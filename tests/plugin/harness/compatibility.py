@@ -40,6 +40,7 @@ CODED_COLUMNS = {
 FAMILY_COLUMNS = {
     "test_coded_family": "coded: prefill, chunks, decode, prefix hit, preemption",
     "test_full_rank_gives_the_tokens_of_the_base": "full rank: the base's tokens",
+    "test_two_ranks": "TP = 2",
 }
 HEAD = """# What works
 
@@ -62,14 +63,15 @@ CODED = """
 The same with keys and values coded in 8, 4 and 2 bits, token scales and offsets; the transformers
 model rounds as the kernels do. The engine runs the reference kernels here, whose arithmetic is
 float32; where a latent lies next to the border of two codes and gets the other one, one of the
-prompts may be off by more than a thousandth.
+prompts may be off by more than a thousandth. One row of each form of graph is compiled.
 
 """
 FAMILIES = """
 ## More families
 
 Their attention is made of what the tables above prove. The engine runs the machine's own kernels
-here, on one compressed layer.
+here, on one compressed layer. What depends on the family alone is shown for one of its rows, and
+two ranks for what is split in a way of its own.
 
 """
 

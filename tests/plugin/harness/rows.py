@@ -257,12 +257,10 @@ CODED_ROWS = (
 ONE_LAYER = {"num_hidden_layers": 1}
 MACHINE_ROWS = (
     CodedRow("opt", "one-layer", ONE_LAYER, exact=False),
-    CodedRow("llama", "one-layer-pre-rope", ONE_LAYER, exact=False),
-    CodedRow("llama", "one-layer-post-rope", ONE_LAYER, key_mode=KeyMode.POST_ROPE, exact=False),
     CodedRow("qwen3", "one-layer-post-rope", ONE_LAYER, key_mode=KeyMode.POST_ROPE, exact=False),
-    CodedRow("mistral", "one-layer-pre-rope", {**ONE_LAYER, **WINDOW}, exact=False),
 )
-"""For the machine's own kernels: what they round cannot move a code of a layer that follows."""
+"""For the machine's own kernels: what they round cannot move a code of a layer that follows. To the
+kernels Phi-3's rows below are Llama's, and StarCoder2's is Mistral's."""
 
 FAMILY_ROWS = (
     CodedRow("phi3", "pre-rope", ONE_LAYER, exact=False),
