@@ -33,7 +33,9 @@ class CompiledKernel:
 
     name: write, decode, prefill or combine. hash: of the compiled code's source and options.
     registers: of a thread. stack_bytes: local memory of a thread, where registers are spilled to.
-    wide_copies: asynchronous copies to shared memory of 16 bytes; copies: of any size.
+    copies: asynchronous copies to shared memory, of any size; wide_copies: of 16 bytes;
+        middling_copies: of more than a number and less than 16.
+    loop_instructions: of a warp, in the longest loop; 0 where there is none.
     block_m, block_n: queries times heads, and keys, of a step; 0 where there are none.
     """
 
@@ -47,6 +49,8 @@ class CompiledKernel:
     mma: int
     copies: int
     wide_copies: int
+    middling_copies: int
+    loop_instructions: int
     block_m: int
     block_n: int
 
@@ -98,7 +102,8 @@ def _read(name: str, made: Any, options: dict[str, Any]) -> CompiledKernel:
         name = "decode" if options["is_decode"] else "prefill"
     ptx: str = made.asm["ptx"]
     registers, stack_bytes = resource_usage(made.asm["cubin"])
-    copies = re.findall(r"cp\.async\.c[ga]\.\S+ .*?, (0x[0-9a-f]+)", ptx)
+    sizes = re.findall(r"cp\.async\.c[ga]\.\S+ .*?, (0x[0-9a-f]+)", ptx)
+    copies = [int(size, 16) for size in sizes]
     return CompiledKernel(
         name=_NAMES.get(name, name),
         hash=made.hash,
@@ -109,7 +114,9 @@ def _read(name: str, made: Any, options: dict[str, Any]) -> CompiledKernel:
         wgmma=ptx.count("wgmma.mma_async"),
         mma=ptx.count("mma.sync.aligned"),
         copies=len(copies),
-        wide_copies=sum(int(size, 16) == 16 for size in copies),
+        wide_copies=copies.count(16),
+        middling_copies=copies.count(8),
+        loop_instructions=longest_loop(_cuobjdump(made.asm["cubin"], "-sass")),
         block_m=options.get("BLOCK_M", 0),
         block_n=options.get("BLOCK_N", 0),
     )
@@ -117,16 +124,33 @@ def _read(name: str, made: Any, options: dict[str, Any]) -> CompiledKernel:
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of local memory, of a thread."""
+    usage = _cuobjdump(cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) .*STACK:(\d+) .*LOCAL:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"cuobjdump says nothing of a kernel: {usage}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def longest_loop(listing: str) -> int:
+    """Instructions between a branch and what it goes back to, most of all in the listing."""
+    places = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", listing, re.MULTILINE)
+    order = {int(place, 16): number for number, (place, _) in enumerate(places)}
+    longest = 0
+    for place, text in places:
+        branch = re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < int(place, 16):
+            longest = max(longest, 1 + order[int(place, 16)] - order[int(branch[1], 16)])
+    return longest
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    """What Triton's copy of the tool says of compiled code."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) .*STACK:(\d+) .*LOCAL:(\d+)", usage)
-    if found is None:
-        raise ValueError(f"cuobjdump says nothing of a kernel: {usage}")
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

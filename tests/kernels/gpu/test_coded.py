@@ -98,6 +98,26 @@ def unpacked(part: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor
 
 
 @needs_kernels
+def test_heads_of_256() -> None:
+    """Their keys are reconstructed in four chunks of columns."""
+    code = Code(four=16, token_scale=True)
+    case = Case(
+        num_kv_heads=1,
+        queries_per_head=2,
+        rank_k=code.rank,
+        rank_v=code.rank,
+        sequences=((140, 1), (3, 12)),
+        dtype=torch.bfloat16,
+        head_size=256,
+        reconstruct=True,
+        rotary_dim=256,
+        rope_base=10_000.0,
+        codes=(code, code),
+    )
+    close(case, Moving(1))
+
+
+@needs_kernels
 @pytest.mark.parametrize("encoded_size", [0, 32])
 @pytest.mark.parametrize("reconstruct", [False, True])
 def test_padded_for_wider_layers(reconstruct: bool, encoded_size: int) -> None:

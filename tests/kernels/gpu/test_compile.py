@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,17 @@ CASES: dict[str, tuple[Any, ...]] = {
     "many heads": (71, 1, 1, 40, 40, 0, 0, torch.bfloat16, torch.bfloat16),
     "pre-rope": (32, 8, 1, 80, 72, 128, 128, torch.bfloat16, torch.bfloat16),
     "pre-rope partial fp8": (8, 4, 1, 48, 48, 80, 32, torch.bfloat16, torch.uint8),
+    "pre-rope 256": (16, 8, 1, 144, 160, 256, 256, torch.bfloat16, torch.bfloat16),
     "pre-rope groups": (32, 4, 2, 128, 128, 128, 128, torch.bfloat16, torch.bfloat16),
+    "64": (32, 8, 1, 32, 32, 0, 0, torch.bfloat16, torch.bfloat16),
+    "128": (32, 8, 1, 64, 80, 0, 0, torch.bfloat16, torch.bfloat16),
+    "256": (16, 8, 1, 128, 192, 0, 0, torch.bfloat16, torch.bfloat16),
+    "pre-rope 64": (32, 8, 1, 32, 48, 64, 64, torch.bfloat16, torch.bfloat16),
     "float32": (8, 8, 1, 128, 128, 0, 0, torch.float32, torch.float32),
 }
+
+TYPICAL = ("64", "128", "256", "folded", "pre-rope", "pre-rope 64")
+"""Ranks of heads of 64, 128 and 256 that begin on 16 bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +57,7 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
 def test_fits_hopper(compiled: dict[str, list[dict[str, Any]]], name: str) -> None:
     kernels = compiled[name]
     names = [k["name"] for k in kernels]
-    assert names == [
-        "write",
-        "down_projection",
-        "down_projection",
-        "attention",
-        "combine",
-        "attention",
-    ]
+    assert names == ["write", "write", "write", "decode", "combine", "prefill"]
     assert all(k["shared_bytes"] <= HOPPER_SHARED_BYTES for k in kernels), kernels
     _, down_projection, _, decode, _, prefill = kernels
     assert down_projection["wgmma"] > 0
@@ -64,11 +65,27 @@ def test_fits_hopper(compiled: dict[str, list[dict[str, Any]]], name: str) -> No
     assert prefill["wgmma"] > 0
 
 
+@pytest.mark.parametrize("name", TYPICAL)
+@pytest.mark.slow
+def test_decode_spills_nothing_and_loads_16_bytes(
+    compiled: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    [decode] = [kernel for kernel in compiled[name] if kernel["name"] == "decode"]
+    assert decode["stack_bytes"] == 0, decode
+    # Whatever is not copied 16 bytes at once is a number, of a block table or of angles.
+    _, _, _, rank_k, _, *_ = CASES[name]
+    tile = decode["block_n"] * 2 * (rank_k // 32 * 32)
+    assert 16 * decode["threads"] * decode["wide_copies"] >= tile, decode
+    assert decode["middling_copies"] == 0, decode
+
+
 def _compile_all() -> dict[str, list[dict[str, Any]]]:
     """Call the kernels with a compiler in place of the launcher, for compute capability 9.0."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
+    return {name: [asdict(kernel) for kernel in _compile(case)] for name, case in CASES.items()}
 
+
+def _compile(case: tuple[Any, ...]) -> list[Any]:
+    from vllm_eigen.benchmarks.kernels.gpu.compiled import compiling
     from vllm_eigen.kernels import (
         DownProjection,
         KeyReconstruction,
@@ -77,97 +94,49 @@ def _compile_all() -> dict[str, list[dict[str, Any]]]:
         ScoreOptions,
         Step,
     )
-    from vllm_eigen.kernels.gpu import kernels as gpu
-    from vllm_eigen.kernels.gpu import layer
+    from vllm_eigen.kernels.gpu.kernels import GpuKernels
 
-    class Hopper:
-        """As much of a driver as compiling asks for."""
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    class Compiler:
-        """Stands for a kernel; notes what it compiles to instead of launching it."""
-
-        def __init__(self, name: str, kernel: Any) -> None:
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid: Any) -> Any:
-            def compile_kernel(*args: Any, **kwargs: Any) -> None:
-                made = self.kernel.warmup(*args, grid=grid, **kwargs)
-                found.append(
-                    {
-                        "name": self.name,
-                        "shared_bytes": made.metadata.shared,
-                        "wgmma": made.asm["ptx"].count("wgmma.mma_async"),
-                        "mma": made.asm["ptx"].count("mma.sync.aligned"),
-                    }
-                )
-
-            return compile_kernel
-
-    driver.set_active(Hopper())
-    gpu._INTERPRETED = True  # No device is asked for.
-    launches = {
-        "cache_write_kernel": "write",
-        "down_project_and_write_kernel": "down_projection",
-        "paged_attention_kernel": "attention",
-        "combine_splits_kernel": "combine",
-    }
-    for kernel, name in launches.items():
-        setattr(layer, kernel, Compiler(name, getattr(layer, kernel)))
-    reports = {}
-    for name, case in CASES.items():
-        heads, kv_heads, group, rank_k, rank_v, head_size, rotary_dim, dtype, cache_dtype = case
-        found: list[dict[str, Any]] = []
-        reports[name] = found
-        cache = torch.zeros(4, kv_heads, 16, rank_k + rank_v, dtype=cache_dtype)
-        reconstruction = None
-        if rotary_dim:
-            rotary = RotaryTable.from_frequencies(torch.rand(rotary_dim // 2), 256)
-            basis = torch.zeros(kv_heads * group, rank_k, head_size, dtype=dtype)
-            reconstruction = KeyReconstruction(basis, rotary)
-        spec = LayerSpec(
-            heads,
-            kv_heads,
-            rank_k,
-            rank_v,
-            dtype,
-            cache_dtype,
-            ScoreOptions(0.1),
-            reconstruction=reconstruction,
-        )
-        kernels = gpu.GpuKernels()
+    heads, kv_heads, group, rank_k, rank_v, head_size, rotary_dim, dtype, cache_dtype = case
+    cache = torch.zeros(4, kv_heads, 64, rank_k + rank_v, dtype=cache_dtype)
+    reconstruction = None
+    if rotary_dim:
+        rotary = RotaryTable.from_frequencies(torch.rand(rotary_dim // 2), 256)
+        basis = torch.zeros(kv_heads * group, rank_k, head_size, dtype=dtype)
+        reconstruction = KeyReconstruction(basis, rotary)
+    spec = LayerSpec(
+        heads,
+        kv_heads,
+        rank_k,
+        rank_v,
+        dtype,
+        cache_dtype,
+        ScoreOptions(0.1),
+        reconstruction=reconstruction,
+    )
+    key = torch.zeros(64, kv_heads, rank_k, dtype=dtype)
+    value = torch.zeros(64, kv_heads, rank_v, dtype=dtype)
+    slots = torch.zeros(64, dtype=torch.int64)
+    whole = torch.zeros(64, kv_heads, group * 128, dtype=dtype)
+    bases = [torch.zeros(kv_heads, group * 128, rank, dtype=dtype) for rank in (rank_k, rank_v)]
+    step = Step(
+        torch.zeros(3, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(2, 2048, dtype=torch.int32),
+        num_actual_tokens=64,
+    )
+    query = torch.zeros(64, heads, head_size or rank_k, dtype=dtype)
+    output = torch.zeros(64, heads, rank_v, dtype=dtype)
+    with compiling(90) as found:
+        kernels = GpuKernels()
         prepared = kernels.prepare(spec)
-        key = torch.zeros(64, kv_heads, rank_k, dtype=dtype)
-        value = torch.zeros(64, kv_heads, rank_v, dtype=dtype)
-        slots = torch.zeros(64, dtype=torch.int64)
         prepared.write_cache(key, value, cache, slots)
-        whole = torch.zeros(64, kv_heads, group * 128, dtype=dtype)
-        bases = [torch.zeros(kv_heads, group * 128, rank, dtype=dtype) for rank in (rank_k, rank_v)]
         for projection in (DownProjection(*bases), DownProjection(bases[0], None)):
             values = value if projection.value is None else whole
             projecting = kernels.prepare(replace(spec, down_projection=projection))
             projecting.write_cache(whole, values, cache, slots)
-        step = Step(
-            torch.zeros(3, dtype=torch.int32),
-            torch.zeros(2, dtype=torch.int32),
-            torch.zeros(2, 2048, dtype=torch.int32),
-            num_actual_tokens=64,
-        )
-        prepared.attend(
-            torch.zeros(64, heads, head_size or rank_k, dtype=dtype),
-            cache,
-            torch.zeros(64, heads, rank_v, dtype=dtype),
-            kernels.plan(step, spec.plan_geometry(16)),
-        )
-    return reports
+        plan = kernels.plan(step, spec.plan_geometry(64))
+        prepared.attend(query, cache, output, plan)
+    return found
 
 
 if __name__ == "__main__":

@@ -97,6 +97,24 @@ def test_bounds_and_company_change_nothing(reconstruct: bool) -> None:
 
 
 @needs_kernels
+def test_heads_of_256() -> None:
+    """Their keys are reconstructed in four chunks of columns."""
+    case = Case(
+        num_kv_heads=1,
+        queries_per_head=2,
+        rank_k=24,
+        rank_v=16,
+        sequences=((140, 1), (3, 12)),
+        dtype=torch.bfloat16,
+        head_size=256,
+        reconstruct=True,
+        rotary_dim=256,
+        rope_base=10_000.0,
+    )
+    close(case, Moving(1))
+
+
+@needs_kernels
 @pytest.mark.parametrize("encoded_size", [0, 32])
 @pytest.mark.parametrize("reconstruct", [False, True])
 def test_padded_for_wider_layers(reconstruct: bool, encoded_size: int) -> None:

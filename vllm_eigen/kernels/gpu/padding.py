@@ -14,11 +14,14 @@ from itertools import product
 from math import gcd
 
 from vllm_eigen.checkpoint.codes import Code
-from vllm_eigen.kernels.gpu.tiles import padded, rank_chunks
+from vllm_eigen.kernels.gpu.tiles import MIN_DOT, padded, rank_chunks
 from vllm_eigen.kernels.interface import Latents, LayerSpec
 
 NUM_PADDINGS = 2
 LOAD_BYTES = 16
+MIN_VALUE_UNITS = 32
+"""Units of a tile of value codes. With fewer, the four warps of a product have no columns of their
+own, and each holds all of them in registers."""
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +76,9 @@ def padding_of(latents: Latents) -> Padding:
     key, value = latents.key_code, latents.value_code
     if key is None or value is None:
         return Padding(*(sum(rank_chunks(rank)) for rank in (latents.rank_k, latents.rank_v)))
-    (key_wide, key_two), (value_wide, value_two) = _padded_units(key), _padded_units(value)
+    (key_wide, key_two), (value_wide, value_two) = (
+        _padded_units(code, least) for code, least in ((key, MIN_DOT), (value, MIN_VALUE_UNITS))
+    )
     return Padding(key_wide, value_wide, key_two, value_two)
 
 
@@ -97,10 +102,11 @@ def _shared_sizes(peers: tuple[Latents, ...], unit: int) -> tuple[int, int, tupl
     return gcd(unit, *ranks), max(ranks), shared_paddings(tuple(map(padding_of, peers)))
 
 
-def _padded_units(code: Code) -> tuple[int, int]:
-    """Units of 8 and 4 bits, and of 2 bits, both padded."""
-    wide = code.eight // 2 + code.four // 4
-    return sum(rank_chunks(wide)) if wide else 0, padded(code.two // 8)
+def _padded_units(code: Code, least: int) -> tuple[int, int]:
+    """Units of 8 and 4 bits, and of 2 bits, both padded, in tiles of at least so many."""
+    wide, two = code.eight // 2 + code.four // 4, code.two // 8
+    wide = -(-wide // least) * least
+    return sum(rank_chunks(wide)) if wide else 0, padded(max(two, least)) if two else 0
 
 
 def _cost(padding: Padding) -> int:

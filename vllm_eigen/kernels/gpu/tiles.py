@@ -51,7 +51,7 @@ class Tuning:
     decode: Tile = Tile(16, 64, 4, 3, swap_ab=True)
     decode_reconstruct: Tile = Tile(16, 64, 4, 5, swap_ab=True)
     decode_coded: Tile = Tile(16, 64, 4, 5, swap_ab=True)
-    decode_coded_reconstruct: Tile = Tile(16, 64, 4, 5, swap_ab=True)
+    decode_coded_reconstruct: Tile = Tile(16, 64, 4, 3, swap_ab=True)
     prefill: Tile = Tile(128, 64, 8, 3, swap_ab=False)
     max_decode: int = 4
     decode_split: int = 512

@@ -22,15 +22,19 @@ from vllm_eigen.kernels.gpu.coded.codes import (
     load_query_planes,
     load_values,
     plane_of,
+    rows_first,
     store_planes,
+    swaps_values,
     zero_planes,
 )
-from vllm_eigen.kernels.gpu.coded.reconstruct import (
+from vllm_eigen.kernels.gpu.coded.reconstruct import load_basis_columns, reconstruct_columns
+from vllm_eigen.kernels.gpu.plain.reconstruct import (
     PAIRS,
-    load_basis_columns,
-    reconstruct_columns,
+    add_scores,
+    load_in_tile,
+    load_pairs,
+    rotate,
 )
-from vllm_eigen.kernels.gpu.plain.reconstruct import add_scores, rotate
 from vllm_eigen.kernels.gpu.tile_steps import (
     LOG2E,
     STEP_INTEGERS,
@@ -172,15 +176,14 @@ def coded_attention_kernel(
         bases = ()
         for c in tl.static_range(half // pairs):
             pair = c * pairs + tl.arange(0, pairs)[None, :]
-            q_rotary = q_rotary + (_load_pairs(query_row, pair, valid, rotary_dim // 2, is_neox),)
+            q_rotary = q_rotary + (load_pairs(query_row, pair, valid, rotary_dim // 2, is_neox),)
             bases = bases + (
                 load_basis_columns(
                     basis, key_offset, head_tile, key_tiles, 2 * pairs * c, 2 * pairs, width
                 ),
             )
             if relative:
-                table_row = in_tile_cos_sin + tl.arange(0, BLOCK_N)[:, None] * (2 * half) + pair
-                cos_sin = cos_sin + ((tl.load(table_row), tl.load(table_row + half)),)
+                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N),)
         if rest > 0:
             pass_at = rotary_dim + tl.arange(0, rest)[None, :]
             q_pass = tl.load(query_row + pass_at, mask=valid & (pass_at < head_size), other=0.0)
@@ -220,16 +223,6 @@ def coded_attention_kernel(
         at = tl.multiple_of(block * unit_stride_block, 8) + in_block
         keys = load_keys(
             key_codes, at, group_mask, key_eight, key_four, key_two, key_tiles, block_size
-        )
-        values = load_values(
-            value_codes,
-            at,
-            group_mask,
-            value_eight,
-            value_four,
-            value_two,
-            value_tiles,
-            block_size,
         )
 
         logits = tl.zeros([BLOCK_N, BLOCK_M] if swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
@@ -303,19 +296,33 @@ def coded_attention_kernel(
             # Not 0 * NaN where a row does not see the token.
             probs = tl.where(seen, probs * value_scale[None, :], 0.0)
         probs = probs.to(dtype)
+        # Not before keys are done with: both would not fit the registers.
+        values = load_values(
+            value_codes,
+            at,
+            group_mask,
+            value_eight,
+            value_four,
+            value_two,
+            value_tiles,
+            block_size,
+        )
         new_acc = ()
         for t in tl.static_range(len(value_tiles)):
             for plane in tl.static_range(value_tiles[t][1]):
-                numbers = plane_of(values[t], plane, value_tiles[t][1], dtype)
-                before = acc[value_tiles[t][3] + plane]
-                new_acc = new_acc + (add_values(before, probs, numbers, alpha, swap_ab, precision),)
+                new_acc = new_acc + (
+                    add_values(
+                        acc[value_tiles[t][3] + plane],
+                        probs,
+                        plane_of(values[t], plane, value_tiles[t][1], dtype),
+                        alpha,
+                        swaps_values(value_tiles[t], swap_ab),
+                        precision,
+                    ),
+                )
         acc = new_acc
 
-    if swap_ab:
-        rows_first = acc
-        acc = ()
-        for i in tl.static_range(len(rows_first)):
-            acc = acc + (tl.trans(rows_first[i]),)
+    acc = rows_first(acc, value_tiles, swap_ab)
     if only_split:
         inverse = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
         target = output + token[:, None] * output_stride_token + head[:, None] * output_stride_head
@@ -328,19 +335,6 @@ def coded_attention_kernel(
         partial = partial_acc + slot[:, None] * partial_width
         one = tl.full([BLOCK_M, 1], 1.0, tl.float32)
         store_planes(partial, acc, one, valid, value_eight, value_four, value_two, value_tiles)
-
-
-@triton.jit
-def _load_pairs(query_row, pair, valid, num_pairs: tl.constexpr, is_neox: tl.constexpr):
-    """RoPE pairs of queries side by side, `[BLOCK_M, 2 * pairs]`, 0 where there are none."""
-    rows: tl.constexpr = valid.shape[0]
-    pairs: tl.constexpr = pair.shape[1]
-    x_at = pair if is_neox else 2 * pair
-    y_at = pair + num_pairs if is_neox else 2 * pair + 1
-    mask = valid & (pair < num_pairs)
-    x = tl.load(query_row + x_at, mask=mask, other=0.0)
-    y = tl.load(query_row + y_at, mask=mask, other=0.0)
-    return tl.reshape(tl.join(x, y), [rows, 2 * pairs])
 
 
 @triton.jit

@@ -99,17 +99,41 @@ def load_query_planes(query_row, valid, eight, four, two, tiles: tl.constexpr):
     return loaded
 
 
+@triton.constexpr_function
+def swaps_values(tile, swap_ab):
+    """Whether a tile of values is multiplied by probabilities, rather than they by it.
+
+    With fewer than 64 units it would not fill the rows of a warp group's matrix product: warps
+    would hold the same numbers.
+    """
+    return swap_ab and tile[0] >= 64
+
+
 @triton.jit
 def zero_planes(tiles: tl.constexpr, BLOCK_M: tl.constexpr, swap_ab: tl.constexpr):
     """Sums over each plane of each tile, `[BLOCK_M, tile.units]`, or transposed."""
     sums = ()
     for t in tl.static_range(len(tiles)):
         for _ in tl.static_range(tiles[t][1]):
-            if swap_ab:
+            if swaps_values(tiles[t], swap_ab):
                 sums = sums + (tl.zeros([tiles[t][0], BLOCK_M], tl.float32),)
             else:
                 sums = sums + (tl.zeros([BLOCK_M, tiles[t][0]], tl.float32),)
     return sums
+
+
+@triton.jit
+def rows_first(sums, tiles: tl.constexpr, swap_ab: tl.constexpr):
+    """The sums with queries as rows, whatever `zero_planes` made."""
+    turned = ()
+    for t in tl.static_range(len(tiles)):
+        for plane in tl.static_range(tiles[t][1]):
+            some = sums[tiles[t][3] + plane]
+            if swaps_values(tiles[t], swap_ab):
+                turned = turned + (tl.trans(some),)
+            else:
+                turned = turned + (some,)
+    return turned
 
 
 @triton.jit

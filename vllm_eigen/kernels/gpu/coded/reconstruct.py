@@ -19,9 +19,6 @@ from vllm_eigen.kernels.gpu.coded.codes import plane_of
 from vllm_eigen.kernels.gpu.coded.layout import CodeTile, plane_order
 from vllm_eigen.kernels.gpu.plain.reconstruct import PackedReconstruction
 
-PAIRS = tl.constexpr(32)
-"""RoPE pairs that are reconstructed at once: all of them would not fit the registers."""
-
 
 def by_planes(
     packed: PackedReconstruction, code: Code, tiles: Sequence[CodeTile]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,assignment,var-annotated"
+# mypy: disable-error-code="unreachable"
 """Attention over paged KV blocks of latents on a GPU: one kernel for decode and prefill.
 
 A program owns a tile of queries - some tokens times all the heads that read one latent head - and
@@ -19,9 +20,12 @@ import triton
 import triton.language as tl
 
 from vllm_eigen.kernels.gpu.plain.reconstruct import (
-    add_reconstructed_scores,
+    PAIRS,
     add_scores,
-    load_basis,
+    load_columns,
+    load_in_tile,
+    load_pairs,
+    reconstruct_columns,
     rotate,
 )
 from vllm_eigen.kernels.gpu.tile_steps import (
@@ -114,6 +118,7 @@ def paged_attention_kernel(
     rank_v = v_units * unit
     width = rank_k + rank_v
     num_tiles: tl.constexpr = num_heads // heads_per_tile
+    dtype: tl.constexpr = query.dtype.element_ty
     head_tile = tl.program_id(0) % num_tiles
     q_block = tl.program_id(0) // num_tiles
 
@@ -166,25 +171,46 @@ def paged_attention_kernel(
     dim_v = tl.arange(0, v_head)[None, :]
     dim_v_tail = v_head + tl.arange(0, v_tail if v_tail > 0 else 16)[None, :]
     if reconstruct:
-        pair = tl.arange(0, half)[None, :]
-        in_pair = pair < rotary_dim // 2
-        x_at = pair if is_neox else 2 * pair
-        y_at = pair + rotary_dim // 2 if is_neox else 2 * pair + 1
-        qx = tl.load(query_row + x_at, mask=valid & in_pair, other=0.0)
-        qy = tl.load(query_row + y_at, mask=valid & in_pair, other=0.0)
-        q_rotary = tl.reshape(tl.join(qx, qy), [BLOCK_M, 2 * half])
-        q_pass = q_rotary
+        # Loaded here, bases stay in shared memory; other heads of a group are read again and again.
+        first_reconstructed = head_tile * reconstructed_per_tile
+        row_reconstructed = (row_head // (heads_per_tile // reconstructed_per_tile))[:, None]
+        pairs: tl.constexpr = min(half, PAIRS)
+        basis_width: tl.constexpr = 2 * half + rest
+        q_rotary = ()
+        cos_sin = ()
+        bases = ()
+        for c in tl.static_range(half // pairs):
+            pair = c * pairs + tl.arange(0, pairs)[None, :]
+            q_rotary = q_rotary + (load_pairs(query_row, pair, valid, rotary_dim // 2, is_neox),)
+            bases = bases + (
+                load_columns(
+                    basis,
+                    offset,
+                    first_reconstructed,
+                    2 * pairs * c,
+                    2 * pairs,
+                    k_head,
+                    k_tail,
+                    basis_width,
+                ),
+            )
+            if relative:
+                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N),)
         if rest > 0:
             pass_at = rotary_dim + tl.arange(0, rest)[None, :]
             q_pass = tl.load(query_row + pass_at, mask=valid & (pass_at < head_size), other=0.0)
-        # Loaded here it stays in shared memory; other heads of a group are read again and again.
-        first_reconstructed = head_tile * reconstructed_per_tile
-        first_basis = load_basis(basis, offset, first_reconstructed, k_head, k_tail, half, rest)
-        row_reconstructed = (row_head // (heads_per_tile // reconstructed_per_tile))[:, None]
-        if relative:
-            table_row = tl.arange(0, BLOCK_N)[:, None] * (2 * half)
-            cos = tl.load(in_tile_cos_sin + table_row + pair)
-            sin = tl.load(in_tile_cos_sin + table_row + half + pair)
+            bases = bases + (
+                load_columns(
+                    basis,
+                    offset,
+                    first_reconstructed,
+                    2 * half,
+                    rest,
+                    k_head,
+                    k_tail,
+                    basis_width,
+                ),
+            )
     else:
         q_head = tl.load(query_row + dim_k, mask=valid & (dim_k < rank_k), other=0.0)
         if k_tail > 0:
@@ -221,50 +247,78 @@ def paged_attention_kernel(
         if k_tail > 0:
             keys_tail = _load_latents(latents, dim_k_tail, key_mask, rank_k)
             keys_tail = keys_tail.to(query.dtype.element_ty)
-        values = _load_latents(latents + rank_k, dim_v, key_mask, rank_v)
 
         logits = tl.zeros([BLOCK_N, BLOCK_M] if swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
         if reconstruct:
-            q_tile = q_rotary
-            if relative:
-                start_row = tile_start_cos_sin + start // tile_start_step * (2 * half)
-                start_cos = tl.load(start_row + pair)
-                start_sin = tl.load(start_row + half + pair)
-                q_tile = rotate(q_rotary.to(tl.float32), start_cos, -start_sin)
-                q_tile = q_tile.to(query.dtype.element_ty)
-            else:
-                table_row = rotary_table + key_at[:, None] * rotary_dim
-                in_table = key_mask & in_pair
-                cos = tl.load(table_row + pair, mask=in_table, other=0.0).to(tl.float32)
-                sin = tl.load(table_row + rotary_dim // 2 + pair, mask=in_table, other=0.0)
-                sin = sin.to(tl.float32)
-            for index in tl.static_range(reconstructed_per_tile):
-                basis_tiles = first_basis
-                if index > 0:
-                    basis_tiles = load_basis(
-                        basis, offset, first_reconstructed + index, k_head, k_tail, half, rest
+            for c in tl.static_range(half // pairs):
+                pair = c * pairs + tl.arange(0, pairs)[None, :]
+                q_tile = q_rotary[c]
+                if relative:
+                    start_row = tile_start_cos_sin + start // tile_start_step * (2 * half) + pair
+                    start_cos, start_sin = tl.load(start_row), tl.load(start_row + half)
+                    q_tile = rotate(q_tile.to(tl.float32), start_cos, -start_sin).to(dtype)
+                    cos, sin = cos_sin[c]
+                else:
+                    table_row = rotary_table + key_at[:, None] * rotary_dim + pair
+                    in_table = key_mask & (pair < rotary_dim // 2)
+                    cos = tl.load(table_row, mask=in_table, other=0.0).to(tl.float32)
+                    sin = tl.load(table_row + rotary_dim // 2, mask=in_table, other=0.0)
+                    sin = sin.to(tl.float32)
+                for index in tl.static_range(reconstructed_per_tile):
+                    columns = bases[c]
+                    q_own = q_tile
+                    if index > 0:
+                        columns = load_columns(
+                            basis,
+                            offset,
+                            first_reconstructed + index,
+                            2 * pairs * c,
+                            2 * pairs,
+                            k_head,
+                            k_tail,
+                            basis_width,
+                        )
+                    if reconstructed_per_tile > 1:
+                        q_own = tl.where(row_reconstructed == index, q_tile, 0.0)
+                    of_key = reconstruct_columns(
+                        keys,
+                        keys_tail,
+                        columns,
+                        k_scale,
+                        has_tail=k_tail > 0,
+                        has_offset=offset is not None,
+                        is_fp8=is_fp8,
+                        precision=precision,
                     )
-                q_rotated, q_unrotated = q_tile, q_pass
-                if reconstructed_per_tile > 1:
-                    q_rotated = tl.where(row_reconstructed == index, q_tile, 0.0)
-                    q_unrotated = tl.where(row_reconstructed == index, q_pass, 0.0)
-                logits = add_reconstructed_scores(
-                    logits,
-                    q_rotated,
-                    q_unrotated,
-                    keys,
-                    keys_tail,
-                    basis_tiles,
-                    cos,
-                    sin,
-                    k_scale,
-                    has_tail=k_tail > 0,
-                    has_rest=rest > 0,
-                    has_offset=offset is not None,
-                    is_fp8=is_fp8,
-                    swap_ab=swap_ab,
-                    precision=precision,
-                )
+                    logits = add_scores(logits, q_own, rotate(of_key, cos, sin), swap_ab, precision)
+            if rest > 0:
+                for index in tl.static_range(reconstructed_per_tile):
+                    columns = bases[half // pairs]
+                    q_own = q_pass
+                    if index > 0:
+                        columns = load_columns(
+                            basis,
+                            offset,
+                            first_reconstructed + index,
+                            2 * half,
+                            rest,
+                            k_head,
+                            k_tail,
+                            basis_width,
+                        )
+                    if reconstructed_per_tile > 1:
+                        q_own = tl.where(row_reconstructed == index, q_pass, 0.0)
+                    of_key = reconstruct_columns(
+                        keys,
+                        keys_tail,
+                        columns,
+                        k_scale,
+                        has_tail=k_tail > 0,
+                        has_offset=offset is not None,
+                        is_fp8=is_fp8,
+                        precision=precision,
+                    )
+                    logits = add_scores(logits, q_own, of_key, swap_ab, precision)
         else:
             logits = add_scores(logits, q_head, keys, swap_ab, precision)
             if k_tail > 0:
@@ -287,6 +341,8 @@ def paged_attention_kernel(
             window,
         )
         probs = probs.to(query.dtype.element_ty)
+        # Not before keys are done with: both would not fit the registers.
+        values = _load_latents(latents + rank_k, dim_v, key_mask, rank_v)
         values = values.to(query.dtype.element_ty)
         acc = add_values(acc, probs, tl.trans(values), alpha, swap_ab, precision)
         if v_tail > 0:

@@ -25,6 +25,9 @@ from vllm_eigen.kernels.rope import RotaryTable
 TILE_START_STEP = MIN_DOT
 """Positions between two rows of the table of tile starts; divides every tile's size."""
 
+PAIRS = tl.constexpr(32)
+"""RoPE pairs that are reconstructed at once: all of them would not fit the registers."""
+
 
 @dataclass(frozen=True, eq=False)
 class PackedRotary:
@@ -111,41 +114,51 @@ def _pad_table(table: torch.Tensor, rows: int, half: int) -> torch.Tensor:
 
 
 @triton.jit
-def load_basis(
+def load_pairs(query_row, pair, valid, num_pairs: tl.constexpr, is_neox: tl.constexpr):
+    """RoPE pairs of queries side by side, `[BLOCK_M, 2 * pairs]`, 0 where there are none."""
+    rows: tl.constexpr = valid.shape[0]
+    pairs: tl.constexpr = pair.shape[1]
+    x_at = pair if is_neox else 2 * pair
+    y_at = pair + num_pairs if is_neox else 2 * pair + 1
+    mask = valid & (pair < num_pairs)
+    x = tl.load(query_row + x_at, mask=mask, other=0.0)
+    y = tl.load(query_row + y_at, mask=mask, other=0.0)
+    return tl.reshape(tl.join(x, y), [rows, 2 * pairs])
+
+
+@triton.jit
+def load_in_tile(table, pair, half: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Cosines and sines `[BLOCK_N, pairs]` of pairs of `PackedRotary.in_tile`."""
+    at = table + tl.arange(0, BLOCK_N)[:, None] * (2 * half) + pair
+    return tl.load(at), tl.load(at + half)
+
+
+@triton.jit
+def load_columns(
     basis,
     offset,
     head,
+    first: tl.constexpr,
+    columns: tl.constexpr,
     rank_head: tl.constexpr,
     rank_tail: tl.constexpr,
-    half: tl.constexpr,
-    rest: tl.constexpr,
+    width: tl.constexpr,
 ):
-    """Head `head` of the packed basis: chunks of the rank, rotary and unrotated columns.
+    """Columns from `first` on of the head's packed basis of `width` columns.
 
-    Returns (rotary `[rank_head, 2 * half]`, the tail's, unrotated `[rank_head, rest]`, the tail's,
-    rotary offset `[1, 2 * half]`, unrotated offset `[1, rest]`); what a layer lacks is a
-    placeholder that is not read.
+    Returns `[rank_head, columns]`, the tail's, and the offset `[1, columns]`; what a layer lacks is
+    a placeholder that is not read.
     """
-    width: tl.constexpr = 2 * half + rest
-    rotary_at = tl.arange(0, 2 * half)[None, :]
+    column = first + tl.arange(0, columns)[None, :]
     basis += head * ((rank_head + rank_tail) * width)
-    rows = basis + tl.arange(0, rank_head)[:, None] * width
-    rotary = tl.load(rows + rotary_at)
-    rotary_tail, unrotated_basis, unrotated_tail = rotary, rotary, rotary
+    loaded = tl.load(basis + tl.arange(0, rank_head)[:, None] * width + column)
+    tail, added = loaded, loaded
     if rank_tail > 0:
-        tail_rows = basis + (rank_head + tl.arange(0, rank_tail)[:, None]) * width
-        rotary_tail = tl.load(tail_rows + rotary_at)
-    if rest > 0:
-        unrotated_at = 2 * half + tl.arange(0, rest)[None, :]
-        unrotated_basis = tl.load(rows + unrotated_at)
-        if rank_tail > 0:
-            unrotated_tail = tl.load(tail_rows + unrotated_at)
-    rotary_offset, unrotated_offset = rotary, rotary
+        rows = rank_head + tl.arange(0, rank_tail)[:, None]
+        tail = tl.load(basis + rows * width + column)
     if offset is not None:
-        rotary_offset = tl.load(offset + head * width + rotary_at)
-        if rest > 0:
-            unrotated_offset = tl.load(offset + head * width + unrotated_at)
-    return rotary, rotary_tail, unrotated_basis, unrotated_tail, rotary_offset, unrotated_offset
+        added = tl.load(offset + head * width + column)
+    return loaded, tail, added
 
 
 @triton.jit
@@ -174,75 +187,21 @@ def add_scores(scores, query, keys, swap_ab: tl.constexpr, precision: tl.constex
 
 
 @triton.jit
-def add_reconstructed_scores(
-    scores,
-    q_rotary,
-    q_pass,
+def reconstruct_columns(
     keys,
     keys_tail,
-    basis_tiles,
-    cos,
-    sin,
+    columns,
     k_scale,
     has_tail: tl.constexpr,
-    has_rest: tl.constexpr,
     has_offset: tl.constexpr,
     is_fp8: tl.constexpr,
-    swap_ab: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Add the raw scores of one reconstructed head, as `add_scores` does.
+    """Columns of keys, float32 `[BLOCK_N, columns]`, before they are rotated.
 
-    q_rotary `[BLOCK_M, 2 * half]`, q_pass `[BLOCK_M, rest]`; keys and keys_tail, latents by
-    chunks of the rank; basis_tiles from `load_basis`; cos, sin `[BLOCK_N, half]`.
+    keys, keys_tail: latents by chunks of the rank. columns: from `load_columns`.
     """
-    rotary, rotary_tail, unrotated_basis, unrotated_tail, rotary_offset, unrotated_offset = (
-        basis_tiles
-    )
-    reconstructed = _reconstruct_columns(
-        keys,
-        keys_tail,
-        rotary,
-        rotary_tail,
-        rotary_offset,
-        k_scale,
-        has_tail,
-        has_offset,
-        is_fp8,
-        precision,
-    )
-    scores = add_scores(scores, q_rotary, rotate(reconstructed, cos, sin), swap_ab, precision)
-    if has_rest:
-        unrotated = _reconstruct_columns(
-            keys,
-            keys_tail,
-            unrotated_basis,
-            unrotated_tail,
-            unrotated_offset,
-            k_scale,
-            has_tail,
-            has_offset,
-            is_fp8,
-            precision,
-        )
-        scores = add_scores(scores, q_pass, unrotated, swap_ab, precision)
-    return scores
-
-
-@triton.jit
-def _reconstruct_columns(
-    keys,
-    keys_tail,
-    basis,
-    basis_tail,
-    offset,
-    k_scale,
-    has_tail: tl.constexpr,
-    has_offset: tl.constexpr,
-    is_fp8: tl.constexpr,
-    precision: tl.constexpr,
-):
-    """Latents `[BLOCK_N, rank]` times basis columns `[rank, n]`, unquantised, plus the offset."""
+    basis, basis_tail, offset = columns
     product = tl.dot(keys, basis, input_precision=precision)
     if has_tail:
         product = tl.dot(keys_tail, basis_tail, product, input_precision=precision)
