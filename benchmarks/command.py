@@ -15,6 +15,7 @@ HELP = "measure kernels, the engine, servers under load, and quality"
 BENCHMARKS = {
     "attention": "vllm_eigen.benchmarks.kernels.attention",
     "gpu": "vllm_eigen.benchmarks.kernels.gpu.command",
+    "gpu-model": "vllm_eigen.benchmarks.kernels.gpu.model",
     "engine-decode": "vllm_eigen.benchmarks.engine.decode",
     "overheads": "vllm_eigen.benchmarks.engine.overheads",
     "serve": "vllm_eigen.benchmarks.serving.serve",

@@ -16,6 +16,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 MADE = [
     ("engine-decode", "engine/engine-decode"),
     ("engine-decode", "engine/engine-decode-triangular"),
+    ("gpu-model", "kernels/gpu-model-h100"),
     ("overheads", "engine/overheads"),
     ("serve", "serving/serve-demo"),
     ("serve", "serving/serve-llama-mix"),
@@ -33,7 +34,7 @@ def test_committed_tables_are_current(benchmark: str, name: str, tmp_path: Path)
             assert (tmp_path / committed.name).read_bytes() == committed.read_bytes()
 
 
-@pytest.mark.parametrize("benchmark", ["engine-decode", "overheads", "serve"])
+@pytest.mark.parametrize("benchmark", ["engine-decode", "gpu-model", "overheads", "serve"])
 def test_a_damaged_result_is_one_line(
     benchmark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
