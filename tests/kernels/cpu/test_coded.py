@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Case, Problem, expected, make, run, tolerance
+from tests.kernels.cases import Case, Problem, expected, layer_of, make, run, tolerance
+from tests.kernels.cpu.test_kernels import alone
 from tests.kernels.strategies import cases, codes
 from vllm_eigen.checkpoint.codes import Code
 from vllm_eigen.kernels import Kernels, LayerSpec, ScoreOptions, Step
@@ -37,7 +39,71 @@ def kernels(isa: str) -> Kernels:
 def test_agrees_with_float64(isa: str, case: Case) -> None:
     problem = make(case)
     found = run(kernels(isa), problem, free_outside_window=True)
-    limit = tolerance(case, rounds_keys=isa in ("amx", "avx512bf16"), in_integers=True)
+    limit = tolerance(case, rounds_keys=isa != "portable", in_integers=True)
+    np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=limit)
+
+
+def reconstructing(code: Code, queries_per_head: int = 1) -> Case:
+    """Decode and prompts over keys of `code`, slow pairs absorbed; blocks off the tiles' sizes."""
+    return Case(
+        queries_per_head=queries_per_head,
+        rank_k=code.rank,
+        rank_v=16,
+        block_size=48,
+        sequences=((700, 1), (40, 9), (255, 1), (256, 1), (9, 1)),
+        dtype=torch.bfloat16,
+        head_size=80,
+        reconstruct=True,
+        rotary_dim=64,
+        rope_base=1e4,
+        offset=True,
+        codes=(code, Code(four=16, token_scale=True)),
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("queries_per_head", [1, 4])
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(Code(eight=4), Code(eight=36), Code(four=8), Code(four=72), Code(two=16), Code(two=176)),
+        *(Code(eight=20, four=24), Code(eight=12, two=48), Code(four=40, two=16)),
+        *(Code(eight=4, four=8, two=16), Code(eight=28, four=104, two=32)),
+    ],
+    ids=lambda code: f"{code.eight}-{code.four}-{code.two}",
+)
+def test_keys_of_every_mix_of_widths(isa: str, queries_per_head: int, code: Code) -> None:
+    scales = [False, True] if code.eight + code.four else [False]
+    for token_scale in scales:
+        code = code.model_copy(update={"token_scale": token_scale})
+        case = reconstructing(code, queries_per_head)
+        problem = make(case)
+        packed = CpuKernels(isa).prepare(layer_of(problem)).packed
+        assert packed is not None
+        assert isa == "amx" or packed.absorbed is not None
+        assert (packed.integers is not None) == (isa != "portable")
+        limit = tolerance(case, rounds_keys=isa != "portable", in_integers=True)
+        found = run(kernels(isa), problem)
+        np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=limit)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "code", [Code(eight=1024), Code(four=1024), Code(two=1024), Code(eight=8, four=128, two=16)]
+)
+def test_sums_hold_the_largest_codes(isa: str, code: Code) -> None:
+    """Numbers of the basis are the largest of their row, codes of a token all last or first."""
+    case = reconstructing(code)
+    problem = make(case)
+    assert problem.reconstruct is not None
+    signs = torch.randn(problem.reconstruct.key_basis[:, :1].shape).sign()
+    problem.reconstruct.key_basis[:] = signs / code.rank
+    largest = torch.tensor([2.0**width for width in code.widths])
+    for keys in problem.keys:
+        keys[:] = (keys[..., :1].sign() * largest).to(keys.dtype)
+    problem.options = dataclasses.replace(problem.options, scale=1.0 / float(largest.mean()))
+    limit = tolerance(case, rounds_keys=isa != "portable", in_integers=True)
+    found = run(kernels(isa), problem)
     np.testing.assert_allclose(found.double().numpy(), expected(problem), atol=limit)
 
 
@@ -102,7 +168,8 @@ def _batch(reconstruct: bool) -> Problem:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("reconstruct", [False, True])
-def test_same_bits_with_any_number_of_threads(isa: str, reconstruct: bool) -> None:
+def test_a_row_depends_on_its_sequence_alone(isa: str, reconstruct: bool) -> None:
+    """Bit-identical alone or in a batch, with any number of threads."""
     problem = _batch(reconstruct)
     whole = run(kernels(isa), problem)
     threads = torch.get_num_threads()
@@ -111,6 +178,9 @@ def test_same_bits_with_any_number_of_threads(isa: str, reconstruct: bool) -> No
         assert torch.equal(run(kernels(isa), problem), whole)
     finally:
         torch.set_num_threads(threads)
+    for i in range(len(problem.case.sequences)):
+        rows = slice(int(problem.query_start_loc[i]), int(problem.query_start_loc[i + 1]))
+        assert torch.equal(run(kernels(isa), alone(problem, i)), whole[rows])
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="this processor has no AMX")
@@ -119,17 +189,26 @@ def test_matrix_units_add_up_the_integers_of_vectors() -> None:
     assert torch.equal(run(kernels("amx"), problem), run(kernels("avx512bf16"), problem))
 
 
-@given(codes(), st.integers(0, 2**20))
-def test_integer_rows_are_close_to_the_basis(code: Code, seed: int) -> None:
+@given(codes(), st.integers(0, 2**20), st.booleans())
+def test_integer_rows_are_close_to_the_basis(code: Code, seed: int, in_bytes: bool) -> None:
     """Products with codes, as the kernel adds them up, to the last bit of the basis."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(2, 6, code.rank, generator=generator)
-    rows = IntegerRows.of(basis, code)
+    rows = IntegerRows.of(basis, code, in_bytes)
     widths = torch.tensor(code.widths)
     stored = (torch.rand(code.rank, generator=generator) * 2.0**widths).long()
-    numbers = rows.basis.view(torch.int8).long()
-    low, high = numbers.split([code.eight, code.rank], dim=2)
-    sums = (((low * stored[: code.eight]).sum(dim=2) + 64) >> 7) + (high * stored).sum(dim=2)
+    numbers = rows.basis.view(torch.int8)
+    if in_bytes:
+        low, high = numbers.long().split([code.eight, code.rank], dim=2)
+        fine = (low * stored[: code.eight]).sum(dim=2)
+        sums = (high * stored).sum(dim=2)
+    else:
+        halves, few_bits = numbers.split([2 * code.eight, code.rank - code.eight], dim=2)
+        halves = halves.contiguous().view(torch.int16).long().unflatten(2, (2, -1, 2))
+        in_order = halves.permute(0, 1, 3, 4, 2).flatten(2)
+        fine = (in_order * (stored[: code.eight] - 128)).sum(dim=2)
+        sums = (few_bits.long() * stored[code.eight :]).sum(dim=2)
+    sums = ((fine + 64) >> 7) + sums
     found = (sums - rows.offset) * rows.scale.double()
     codes_meant = stored - (2.0**widths - 1).double() / 2
     exact = basis.double() @ codes_meant

@@ -96,7 +96,7 @@ def test_fp8_saturates() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("reconstruct", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_row_depends_on_its_sequence_alone(
+def test_a_row_depends_on_its_sequencealone(
     isa: str, reconstruct: bool, dtype: torch.dtype
 ) -> None:
     """Bit-identical alone or in a batch, with one thread or two, prompt whole or in chunks."""
@@ -124,15 +124,15 @@ def test_a_row_depends_on_its_sequence_alone(
         torch.set_num_threads(threads)
     for i in range(len(case.sequences)):
         rows = slice(int(problem.query_start_loc[i]), int(problem.query_start_loc[i + 1]))
-        assert torch.equal(run(k, _alone(problem, i)), whole[rows])
+        assert torch.equal(run(k, alone(problem, i)), whole[rows])
         # The only query of a step does not reconstruct every key, a prompt does: not the same bits.
-        last = _alone(problem, i, last=2 if reconstruct and case.sequences[i][1] > 1 else 1)
+        last = alone(problem, i, last=2 if reconstruct and case.sequences[i][1] > 1 else 1)
         kept = last.case.sequences[0][1]
         assert torch.equal(run(k, last), whole[rows][-kept:])
 
 
-def _alone(problem: Problem, i: int, last: int | None = None) -> Problem:
-    """Sequence i by itself, or only its `last` query tokens."""
+def alone(problem: Problem, i: int, last: int | None = None) -> Problem:
+    """Sequence i by itself, or only its `last` query tokens; test_coded.py uses it too."""
     old, new = problem.case.sequences[i]
     kept = new if last is None else last
     end = int(problem.query_start_loc[i + 1])

@@ -51,9 +51,11 @@ class Library:
                     f" delete it to rebuild"
                 )
         self.reconstructs_bf16 = bool(described["reconstructs bfloat16"])
-        """Whether keys of a bfloat16 cache are reconstructed in bfloat16, otherwise in float32."""
-        self.multiplies_bytes = bool(described["multiplies bytes"])
-        """Whether bfloat16 keys of a coded cache are reconstructed in integers."""
+        """Whether keys for bfloat16 queries are made in bfloat16, otherwise in float32."""
+        self.has_integer_keys = bool(described["integer keys"])
+        """Whether keys for bfloat16 queries are reconstructed from codes in integers."""
+        self.has_keys_in_bytes = bool(described["integer keys in bytes"])
+        """Whether those are bytes even where they meet 8-bit codes."""
         self.tile_units = described["units of a tile"]
         """Units of a row of a matrix unit's operand; 1 without matrix units."""
 

@@ -57,12 +57,15 @@ class CpuKernels:
             rotary = layer.reconstruction.rotary
             if rotary not in self._tables:
                 self._tables[rotary] = pack_table(rotary)
-            code = layer.key_code if layer.dtype == torch.bfloat16 else None
+            has_integers = self._bindings.has_integer_keys and layer.dtype == torch.bfloat16
+            code = layer.key_code if has_integers else None
             target = Target(
-                in_bf16=layer.cache_dtype == torch.bfloat16 and self._bindings.reconstructs_bf16,
+                in_bf16=self._bindings.reconstructs_bf16
+                and (layer.cache_dtype == torch.bfloat16 or code is not None),
                 dtype=layer.dtype,
                 queries_per_head=layer.num_heads // layer.num_key_heads,
-                integers_for=code if self._bindings.multiplies_bytes else None,
+                integers_for=code,
+                in_bytes=self._bindings.has_keys_in_bytes,
                 tile_units=self._bindings.tile_units,
             )
             packed = pack(layer.reconstruction, target, self._tables[rotary])

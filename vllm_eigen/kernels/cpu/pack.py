@@ -28,15 +28,18 @@ BYTES_IN_BFLOAT16 = 2.0
 """Products of bytes in the time of one in bfloat16."""
 BYTES_ON_TILES = 2.5
 """Products of bytes on matrix units, rotation included, in the time of one without them."""
+BYTES_IN_FLOAT32 = 2.5
+"""Products of bytes, added up in pairs, in the time of one in float32."""
 
 
 @dataclass(frozen=True)
 class Target:
     """What packing depends on besides the `KeyReconstruction`.
 
-    in_bf16: keys are reconstructed in bfloat16, otherwise in float32.
+    in_bf16: keys are made in bfloat16, otherwise in float32.
     dtype: of the queries. queries_per_head: query heads that share a reconstructed one.
     integers_for: the latents' code, where keys are reconstructed in integers; otherwise None.
+    in_bytes: those are bytes even where they meet 8-bit codes.
     tile_units: units of a row of a matrix unit's operand; 1 without matrix units.
     """
 
@@ -44,6 +47,7 @@ class Target:
     dtype: torch.dtype
     queries_per_head: int
     integers_for: Code | None = None
+    in_bytes: bool = True
     tile_units: int = 1
 
 
@@ -144,12 +148,12 @@ def pack(
     )
     absorbed = None
     if frequency_basis is not None:
-        absorbed = _absorb(frequency_basis, basis, in_bf16=code is not None)
+        absorbed = _absorb(frequency_basis, basis, code is not None and target.in_bf16)
     # The last pair reads every latent: a NaN in one whose basis is zero must reach the score.
     depth[-1] = basis.shape[2]
     integers = None
     if code is not None:
-        integers = IntegerRows.of(basis, code, target.tile_units)
+        integers = IntegerRows.of(basis, code, target.in_bytes, target.tile_units)
         basis = integers.basis
     elif target.in_bf16:
         basis = functional.pad(basis, (0, basis.shape[2] % 2)).bfloat16()
@@ -169,7 +173,8 @@ def pack(
 def _absorbing_product(code: Code, target: Target) -> float:
     """As `FrequencyBasis.cost` takes it, of keys that are reconstructed in integers."""
     tiles = 1.0 if target.tile_units == 1 else BYTES_ON_TILES
-    return tiles * BYTES_IN_BFLOAT16 * code.rank / (code.rank + code.eight)
+    bytes_at_once = BYTES_IN_BFLOAT16 if target.in_bf16 else BYTES_IN_FLOAT32
+    return tiles * bytes_at_once * code.rank / (code.rank + code.eight)
 
 
 def pack_table(rotary: RotaryTable) -> torch.Tensor:

@@ -23,7 +23,7 @@ enum Error : int {
 // `direct_pairs` on, in bands that use the first few basis functions.
 struct AbsorbArgs {
   // [num_heads][of each band x, then y][basis_stride], 0 past rank_k: float32, or bfloat16 two rows
-  // to a unit where `ReconstructArgs::basis` is in integers.
+  // to a unit where `ReconstructArgs::basis` is in integers and keys are bfloat16.
   const void* basis;
   const float* functions;     // [num_functions][tokens of a KV chunk]
   const float* coefficients;  // of each band [functions][of cosine, of sine][pairs]
@@ -43,7 +43,8 @@ struct ReconstructArgs {
   int64_t num_heads, pairs, rotary_pairs, positions;
   const AbsorbArgs* absorb;  // or null
   // Null, or `basis` is in integers: four bytes a unit, in each row first the low bytes of what
-  // meets 8-bit codes (low_units), then the high bytes of all (coded/reconstruct.h).
+  // meets 8-bit codes (low_units), then the high bytes of all (coded/reconstruct.h). Without VNNI
+  // first 16-bit halves of what meets 8-bit codes, then the bytes of the rest (coded/pairs.h).
   const float* row_scale;   // [num_heads][2 * pairs]
   const float* row_offset;  // likewise, of the sums: codes are h too large (checkpoint/codes.py)
   int64_t low_units;

@@ -76,7 +76,8 @@ constexpr Constant kConstants[] = {
     {"pairs at once", kPairsAtOnce},
     {"row multiple", kAbsorbRowMultiple},
     {"reconstructs bfloat16", Bfloat16::Reconstructed::pack == 2},
-    {"multiplies bytes", kSums == 2},
+    {"integer keys", kMultipliesBytes},
+    {"integer keys in bytes", kMultipliesBytes && !kInPairs},
     {"units of a tile", kHasTiles ? kTile : 1},
     {nullptr, 0},
 };
@@ -106,7 +107,7 @@ VLLM_EIGEN_EXPORT int vllm_eigen_attend(const AttendArgs* args, const Plan* plan
     if (const Error error = check(*args, *plan)) return error;
     const LayerArgs& layer = *args->layer;
     if (layer.cache_type == kCodes) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
       if (layer.reconstruct && layer.reconstruct->row_scale)
         return attend<CodedReader<CodeBytes>>(*args, *plan);
 #endif

@@ -49,6 +49,9 @@ struct TypeOf {
   using type = T;
 };
 
+// After the parameters of a lambda for each_below that indexes an array of vectors.
+#define VLLM_EIGEN_INLINED __attribute__((always_inline))
+
 // Calls f(Const<0>{}) .. f(Const<N - 1>{}).
 template <int N, int begin = 0, class Fn>
 VLLM_EIGEN_INLINE void each_below(Fn&& f) {

@@ -3,6 +3,7 @@
 // multiplied as where keys are reconstructed.
 #pragma once
 
+#include "absorbed.h"
 #include "reconstruct.h"
 #include "tiles.h"
 
@@ -13,7 +14,7 @@ class CodedReader {
  public:
   using Storage = uint8_t;
   using Keys = typename M::Reconstructed;
-  using Absorbing = std::conditional_t<kInIntegers<M>, Bfloat16, Float32>;
+  using Absorbing = std::conditional_t<kInIntegers<M>, Bfloat16::Reconstructed, Float32>;
   using Run = CodedRun;
 
   CodedReader() = default;
@@ -26,9 +27,13 @@ class CodedReader {
     if (stages) staged_ = StagedCodes(arena, layout_.key, layout_.value, !layer.reconstruct);
     if (const ReconstructArgs* r = layer.reconstruct) {
       panel_ = arena.take<float>(static_cast<int64_t>(in_tiles(layout_.key.rank)) * kPanelTokens);
-      if (r->absorb)
-        queries_ = CodedQueries(arena, layout_.key,
-                                layer.num_heads / r->num_heads * r->absorb->num_functions);
+      if (r->absorb) {
+        const int64_t absorbed = layer.num_heads / r->num_heads * r->absorb->num_functions;
+        if constexpr (kAbsorbsInPanels)
+          absorbed_ = AbsorbedRows(arena, layout_.key, absorbed);
+        else
+          queries_ = CodedQueries(arena, layout_.key, absorbed);
+      }
     } else {
       queries_ = CodedQueries(arena, layout_.key, rows);
     }
@@ -78,8 +83,13 @@ class CodedReader {
 
   void put_absorbed(int count, const AbsorbBuffers& buffers) const {
     const int64_t padded = (layout_.key.rank + W - 1) / W * W;
-    for (int i = 0; i < count; ++i)
-      quantize_query<!kInIntegers<M>>(layout_.key, buffers.latent + i * padded, queries_, i);
+    for (int i = 0; i < count; ++i) {
+      const float* x = buffers.latent + i * padded;
+      if constexpr (kAbsorbsInPanels)
+        quantize_absorbed(layout_.key, x, absorbed_, i);
+      else
+        quantize_query<!kInIntegers<M>>(layout_.key, x, queries_, i);
+    }
   }
 
   void reconstruct(const ReconstructArgs& a, int head, int pairs, const Run& run, int64_t position,
@@ -90,7 +100,12 @@ class CodedReader {
     const auto as = [&](auto latents) {
       using L = typename decltype(latents)::type;
       reconstruct_keys<Keys, L>(a, head, pairs, 1.0f, run, position, keys, kKvChunk * Keys::pack,
-                                panel_, values, next, [](const KeyRun<L>&, int) {});
+                                panel_, values, next, [&](const KeyRun<L>& panel, int t) {
+                                  if constexpr (kAbsorbsInPanels)
+                                    if (absorbed > 0)
+                                      score_absorbed(absorbed_, layout_.key.of[0].units(),
+                                                     absorbed, panel, products + t);
+                                });
     };
     if constexpr (kInIntegers<M>) {
       if (a.low_units == 0 && !run.scales)
@@ -100,7 +115,7 @@ class CodedReader {
     } else {
       as(TypeOf<M>{});
     }
-    if (absorbed > 0) score_as<!kInIntegers<M>>(0, absorbed, run, products);
+    if (absorbed > 0 && !kAbsorbsInPanels) score_as<!kInIntegers<M>>(0, absorbed, run, products);
   }
 
   SoftmaxState softmax(int i, const RowScores& row, float* scores, int begin, int end) const {
@@ -139,6 +154,8 @@ class CodedReader {
   }
 
  private:
+  static constexpr bool kAbsorbsInPanels = kInIntegers<M> && kInPairs;
+
   template <bool fine>
   void score_as(int row, int rows, const Run& run, float* scores) const {
     score_codes<fine>(queries_, row, rows, run, scores);
@@ -149,7 +166,8 @@ class CodedReader {
 
   CodedLayout layout_;
   int padded_;  // rank_v in whole vectors
-  CodedQueries queries_;  // or absorbed ones
+  CodedQueries queries_;  // or absorbed ones, unless they are rows
+  AbsorbedRows absorbed_;
   CodedWeights weights_;
   StagedCodes staged_;
   float *probs_, *scales_, *panel_;

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Keys reconstructed from coded latents.
 //
-// Where the machine multiplies bytes, bfloat16 keys are made in integers: codes as they are stored
-// times a key basis of 8 bits a number, and of 15 bits where it meets 8-bit codes. Each row of the
-// basis has a scale. What 8 bits take from the basis is far below what the codes themselves lack
+// Where the machine multiplies bytes, keys of bfloat16 queries are made in integers: codes as they are
+// stored times a key basis of 8 bits a number, and of 15 bits where it meets 8-bit codes. Each row of
+// the basis has a scale. What 8 bits take from the basis is far below what the codes themselves lack
 // of the latent: 0.3 steps of a code against about 0.02. Elsewhere latents are widened to float32.
 #pragma once
 
 #include "../absorb.h"
 #include "integer.h"
 #include "layout.h"
+#include "pairs.h"
 
 namespace vllm_eigen {
 
@@ -22,6 +23,15 @@ struct CodedRun {
   int units, tokens;
 };
 
+// Rows of integers that meet codes: of a key basis, or absorbed queries. First in each is what meets
+// 8-bit codes, low_units units of them: with VNNI low bytes, without it all of it, 16-bit halves.
+struct IntegerRows {
+  const uint32_t* numbers;
+  const float *scale, *above;  // a number's step; what sums are too large by
+  const float* offset;         // or null
+  int low_units;
+};
+
 // Latents as float32: one row for each direction.
 template <int width, int j>
 VLLM_EIGEN_INLINE void store_plane(U unit, float* row, int64_t stride) {
@@ -32,11 +42,12 @@ VLLM_EIGEN_INLINE void store_plane(U unit, float* row, int64_t stride) {
   }
 }
 
-#if defined(__AVX512VNNI__)
-// Latents as bytes: one row of units for every four directions.
+#if defined(__AVX2__)
+// Latents as bytes: one row of units for every four directions. Without VNNI codes of 8 bits are
+// 16-bit halves (pairs.h): bytes 0 and 2 of every unit, then bytes 1 and 3.
 struct CodeBytes {
   using Storage = uint32_t;
-  using Reconstructed = Bfloat16;
+  using Reconstructed = Bfloat16::Reconstructed;
   static constexpr int pack = 1;
   static constexpr bool is_plain = false;
 };
@@ -48,9 +59,10 @@ struct FewBits : CodeBytes {
 
 template <int width, int j>
 VLLM_EIGEN_INLINE void store_plane(U unit, uint32_t* row, int64_t stride) {
-  store(row + j * stride, unsigned_plane<width, j>(unit).bytes);
+  store(row + j * stride, byte_plane<width, j>(unit));
 }
 
+#if defined(__AVX512VNNI__)
 // sums[r][v] += codes times numbers, over `count` units.
 template <int R, int NV>
 VLLM_EIGEN_INLINE void multiply_bytes(U (&sums)[R][NV], const uint32_t* rows, int64_t row_stride,
@@ -72,12 +84,36 @@ VLLM_EIGEN_INLINE void multiply_bytes(U (&sums)[R][NV], const uint32_t* rows, in
     VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = c[r][v];
 }
 
-// Row `row` of W keys from `token` on, of what its products with codes come to.
+// sums[r][v] += products in whole steps, low_sums those in 128ths of one.
+template <class M, int R, int NV>
+VLLM_EIGEN_INLINE void multiply_rows(const IntegerRows& rows, int64_t row,
+                                     const KeyRun<M>& latents, U (&low_sums)[R][NV],
+                                     U (&sums)[R][NV]) {
+  const int low = M::is_plain ? 0 : rows.low_units, units = low + latents.units;
+  const uint32_t* numbers = rows.numbers + row * units;
+  if (!M::is_plain) multiply_bytes(low_sums, numbers, units, latents.first, latents.stride, low);
+  multiply_bytes(sums, numbers + low, units, latents.first, latents.stride, latents.units);
+}
+#else
+template <class M, int R, int NV>
+VLLM_EIGEN_INLINE void multiply_rows(const IntegerRows& rows, int64_t row,
+                                     const KeyRun<M>& latents, U (&low_sums)[R][NV],
+                                     U (&sums)[R][NV]) {
+  const int halves = M::is_plain ? 0 : 2 * rows.low_units, units = latents.units;
+  const uint32_t* numbers = rows.numbers + row * units;
+  if (!M::is_plain)
+    multiply_halves(low_sums, numbers, units, latents.first, latents.stride, halves);
+  multiply_few_bits(sums, numbers + halves, units, latents.first + halves * latents.stride,
+                    latents.stride, units - halves);
+}
+#endif
+
+// Of row `row`, times the latents of W tokens from `token` on, what the sums come to.
 template <class M>
-VLLM_EIGEN_INLINE F key_of_sums(const ReconstructArgs& a, int64_t row, const KeyRun<M>& latents,
-                                int token, U sum, U low_sum) {
-  const float scale = a.row_scale[row], above = a.row_offset[row];
-  const float offset = a.offset ? a.offset[row] : 0.0f;
+VLLM_EIGEN_INLINE F product_of_sums(const IntegerRows& rows, int64_t row, const KeyRun<M>& latents,
+                                    int token, U sum, U low_sum) {
+  const float scale = rows.scale[row], above = rows.above[row];
+  const float offset = rows.offset ? rows.offset[row] : 0.0f;
   if constexpr (M::is_plain) {
     const F product = __builtin_convertvector((I)sum, F);
     return fma(product, splat(scale), splat(offset - above * scale));
@@ -88,17 +124,19 @@ VLLM_EIGEN_INLINE F key_of_sums(const ReconstructArgs& a, int64_t row, const Key
   }
 }
 
+// Rows [row, row + R) times latents, and their offsets.
 template <class M, int R, int NV>
-VLLM_EIGEN_INLINE void unrotated_bytes(const ReconstructArgs& a, int64_t row,
-                                       const KeyRun<M>& latents, F (&c)[R][NV]) {
-  const int low = M::is_plain ? 0 : static_cast<int>(a.low_units), units = low + latents.units;
-  const uint32_t* rows = a.basis + row * units;
+VLLM_EIGEN_INLINE void integer_products(const IntegerRows& rows, int64_t row,
+                                        const KeyRun<M>& latents, F (&c)[R][NV]) {
   U low_sums[R][NV] = {}, sums[R][NV] = {};
-  if (!M::is_plain) multiply_bytes(low_sums, rows, units, latents.first, latents.stride, low);
-  multiply_bytes(sums, rows + low, units, latents.first, latents.stride, latents.units);
+  multiply_rows(rows, row, latents, low_sums, sums);
   VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
     VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v)
-      c[r][v] = key_of_sums(a, row + r, latents, v * W, sums[r][v], low_sums[r][v]);
+      c[r][v] = product_of_sums(rows, row + r, latents, v * W, sums[r][v], low_sums[r][v]);
+}
+
+VLLM_EIGEN_INLINE IntegerRows rows_of(const ReconstructArgs& a) {
+  return {a.basis, a.row_scale, a.row_offset, a.offset, static_cast<int>(a.low_units)};
 }
 
 #if defined(__AMX_INT8__)
@@ -114,6 +152,7 @@ void reconstruct_on_tiles(const ReconstructArgs& a, int head, int pairs, const K
                           int parts, Fn&& fetch) {
   const int low = M::is_plain ? 0 : static_cast<int>(a.low_units);
   const int high = in_tiles(latents.units), units = low + high;
+  const IntegerRows basis = rows_of(a);
   TileSums sums, low_sums;
   for (int part = 0; part < parts; ++part) fetch(part);
   for (int pair = 0; pair < pairs; pair += kTile) {
@@ -130,8 +169,8 @@ void reconstruct_on_tiles(const ReconstructArgs& a, int head, int pairs, const K
           F c[2];
           for (int r = 0; r < 2; ++r) {
             const int i = 2 * p + r;
-            c[r] = key_of_sums(a, first_row + i, latents, (v0 + v) * W, sums.row<U>(i, v),
-                               low > 0 ? low_sums.row<U>(i, v) : U{});
+            c[r] = product_of_sums(basis, first_row + i, latents, (v0 + v) * W, sums.row<U>(i, v),
+                                   low > 0 ? low_sums.row<U>(i, v) : U{});
           }
           store_rotated<K>(a, c[0], c[1], position + (v0 + v) * W, pair + p,
                            out + (v0 + v) * W * K::pack, row_stride);
@@ -146,13 +185,13 @@ void reconstruct_on_tiles(const ReconstructArgs& a, int head, int pairs, const K
 template <int R, int NV>
 VLLM_EIGEN_INLINE void unrotated(const ReconstructArgs& a, int64_t row, int, float,
                                  const KeyRun<CodeBytes>& latents, F (&c)[R][NV]) {
-  unrotated_bytes(a, row, latents, c);
+  integer_products(rows_of(a), row, latents, c);
 }
 
 template <int R, int NV>
 VLLM_EIGEN_INLINE void unrotated(const ReconstructArgs& a, int64_t row, int, float,
                                  const KeyRun<FewBits>& latents, F (&c)[R][NV]) {
-  unrotated_bytes(a, row, latents, c);
+  integer_products(rows_of(a), row, latents, c);
 }
 #else
 struct CodeBytes;
@@ -166,23 +205,28 @@ constexpr bool kInIntegers = std::is_same_v<M, CodeBytes> || std::is_same_v<M, F
 template <class M, int NV>
 VLLM_EIGEN_INLINE KeyRun<M> staged(const CodedRun& run, int token, float* panel) {
   constexpr int stride = NV * W;
-  constexpr bool is_bytes = kInIntegers<M>;
   auto* row = reinterpret_cast<typename M::Storage*>(panel);
+  const auto* first_row = row;
   const uint8_t* units = run.first + 4 * token;
   each_below<kWidths>([&](auto width_index) {
     constexpr int s = decltype(width_index)::value, width = kWidth[s];
-    for (int u = 0; u < run.code->of[s].units(); ++u, units += run.stride) {
+    constexpr bool is_halves = kInIntegers<M> && kInPairs && width == 8;
+    const int count = run.code->of[s].units();
+    for (int u = 0; u < count; ++u, units += run.stride) {
       VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) {
         const U unit = load<U>(units + v * 4 * W);
-        each_below<8 / width>([&](auto plane) {
-          store_plane<width, decltype(plane)::value>(unit, row + v * W, stride);
-        });
+        if constexpr (is_halves)
+          store_halves(unit, row + v * W, count * stride);
+        else
+          each_below<8 / width>([&](auto plane) {
+            store_plane<width, decltype(plane)::value>(unit, row + v * W, stride);
+          });
       }
-      row += (is_bytes ? 8 : 32) / width * stride;
+      row += (kInIntegers<M> ? 8 : 32) / width * stride;
     }
+    if (is_halves) row += count * stride;
   });
-  return {reinterpret_cast<typename M::Storage*>(panel), nullptr, stride,
-          is_bytes ? run.code->rank / 4 : run.code->rank, stride,
+  return {first_row, nullptr, stride, static_cast<int>((row - first_row) / stride), stride,
           run.scales ? run.scales + 2 * token : nullptr};
 }
 
