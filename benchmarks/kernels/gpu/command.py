@@ -25,7 +25,12 @@ Row = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument(
-        "--only", nargs="+", choices=STAGES, default=STAGES, help="stages to run (all)"
+        "--only",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES,
+        metavar="STAGE",
+        help=f"some of {', '.join(STAGES)} (all)",
     )
     parser.add_argument("--quick", action="store_true", help="a few small points")
     parser.add_argument("--sweep", action="store_true", help="time other decode tiles too")
