@@ -22,7 +22,7 @@ HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 RUNS_HERE = HAS_GPU or INTERPRETED
 SETTINGS = settings(
     deadline=None,
-    max_examples=200 if HAS_GPU else 25,
+    max_examples=200 if HAS_GPU else 12,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=True,
 )

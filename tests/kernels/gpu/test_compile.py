@@ -62,7 +62,8 @@ def test_fits_hopper(compiled: dict[str, list[dict[str, Any]]], name: str) -> No
     _, down_projection, _, decode, _, prefill = kernels
     assert down_projection["wgmma"] > 0
     assert decode["wgmma"] > 0
-    assert prefill["wgmma"] > 0
+    # Prompts with reconstructed heads of 256 do not get there: their tile is too small for wgmma.
+    assert (prefill["wgmma"] > 0) == (name != "pre-rope 256")
 
 
 @pytest.mark.parametrize("name", TYPICAL)
