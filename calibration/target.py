@@ -6,10 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_eigen.checkpoint.codes import FULL_BITS
 from vllm_eigen.common.errors import UsageError
-
-FULL_BITS = 16
-"""Bits of a number that a KV ratio is relative to."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_eigen.checkpoint.codes import SCALE_BYTES, Code
+from vllm_eigen.checkpoint.codes import FULL_BITS, SCALE_BYTES, Code
 from vllm_eigen.checkpoint.config import (
     FORMAT_VERSION,
     EigenConfig,
@@ -29,8 +29,6 @@ from vllm_eigen.common.errors import UnsupportedModelError, UsageError
 
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1}
 """By type name; every fp8 variant (fp8_e4m3, fp8_e5m2) takes one byte."""
-FULL_BITS = 16
-"""Bits of a number of the uncompressed cache."""
 _NAMES = ((8, "eight"), (4, "four"), (2, "two"), (0, ""))
 _STEP = 16
 """Directions of one width come in multiples that fill units of every width."""

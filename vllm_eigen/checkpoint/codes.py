@@ -32,6 +32,9 @@ UNIT_BITS = 32
 SCALE_BYTES = 2
 """A token scale is one bfloat16."""
 
+FULL_BITS = 16
+"""Bits of a number of the uncompressed cache."""
+
 
 class Code(BaseModel):
     """Widths of one layer's keys or values; the same in all of its heads.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -57,16 +56,14 @@ def supported_isas() -> list[str]:
         text = ""
     found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     flags = set(found.group(1).split()) if found else set()
-    if not _may_use_tiles():
-        flags.discard("amx_tile")
+    if "amx_tile" in flags and not _may_use_tiles():
+        flags.remove("amx_tile")
     return [name for name, needed in ISA_LEVELS.items() if flags.issuperset(needed)]
 
 
 def _may_use_tiles() -> bool:
     """Ask Linux for the tiles of AMX, for all threads of this process; older kernels refuse."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    if platform.machine() != "x86_64":
-        return False
     status = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
     return bool(status == 0)
 

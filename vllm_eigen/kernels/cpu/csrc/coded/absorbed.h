@@ -34,16 +34,9 @@ VLLM_EIGEN_INLINE void put_bytes(const V& from, int n, uint32_t* to) {
     std::memcpy(to, &from, n);
 }
 
-// Row i from `x [rank]`, followed by zeros up to whole vectors.
+// Row i from `x [rank]`.
 inline void quantize_absorbed(const Sections& code, const float* x, const AbsorbedRows& to, int i) {
-  F largest{}, check{};
-  for (int d = 0; d < code.rank; d += W) {
-    const F some = load<F>(x + d);
-    largest = max(largest, max(some, -some));
-    check = check + some * 0.0f;
-  }
-  const float most = max_of(largest), bad = sum_of(check);  // NaN where a number is not finite
-  const float inverse = most > kTiny && bad == 0.0f ? kLargestByte / most : 0.0f;
+  const NumberStep step = step_of(x, code.rank, kLargestByte);
   uint32_t* row = to.numbers + static_cast<int64_t>(i) * to.units;
   float above = 0.0f;
   each_below<kWidths>([&](auto width_index) {
@@ -53,8 +46,8 @@ inline void quantize_absorbed(const Sections& code, const float* x, const Absorb
     for (int d = 0; d < section.count; d += W) {
       const int n = std::min(W, section.count - d);
       const F some = load_first<F>(x + section.first + d, n);
-      const F wanted = some * (width == 8 ? kSignedBase * inverse : inverse);
-      const I numbers = inverse > 0.0f ? nearest(wanted) : I{};
+      const F wanted = some * (width == 8 ? kSignedBase * step.inverse : step.inverse);
+      const I numbers = step.inverse > 0.0f ? nearest(wanted) : I{};
       sum = sum + numbers;
       if constexpr (width == 8) {
         uint32_t halves[2][W / 4];
@@ -72,7 +65,7 @@ inline void quantize_absorbed(const Sections& code, const float* x, const Absorb
     constexpr float h = width == 8 ? -0.5f / kSignedBase : 0.5f * ((1 << width) - 1);
     above += h * static_cast<float>(all);
   });
-  to.scale[i] = most / kLargestByte + bad;
+  to.scale[i] = step.size;
   to.above[i] = above;
 }
 

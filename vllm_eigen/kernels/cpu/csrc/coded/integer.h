@@ -76,6 +76,35 @@ VLLM_EIGEN_INLINE void add_byte_pairs(U& sums, U bytes, U numbers) {
 }
 #endif
 
+// sum += four unsigned bytes times signed ones with VNNI, otherwise two 16-bit halves times others.
+VLLM_EIGEN_INLINE void add_products(U& sum, U codes, U numbers) {
+#if defined(__AVX512VNNI__)
+  // Not the intrinsic: with it gcc moves sums to the stack and back in every turn.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(numbers));
+#else
+  sum = sum + multiply_pairs(codes, numbers);
+#endif
+}
+
+// sums[r][v] += codes times numbers, as add_products has them, over `count` units.
+template <int R, int NV>
+VLLM_EIGEN_INLINE void multiply_units(U (&sums)[R][NV], const uint32_t* rows, int64_t row_stride,
+                                      const uint32_t* codes, int64_t stride, int count) {
+  U c[R][NV];  // a copy, as in multiply.h
+  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
+    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) c[r][v] = sums[r][v];
+  for (int u = 0; u < count; ++u, codes += stride) {
+    U vectors[NV];
+    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) vectors[v] = load<U>(codes + v * W);
+    VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r) {
+      const U numbers = U{} + rows[r * row_stride + u];
+      VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) add_products(c[r][v], vectors[v], numbers);
+    }
+  }
+  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
+    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = c[r][v];
+}
+
 // 16-bit halves shifted left, then right with their sign.
 template <int left, int right>
 VLLM_EIGEN_INLINE U sign_extend_pairs(U x) {

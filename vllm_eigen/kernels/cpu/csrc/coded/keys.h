@@ -45,6 +45,30 @@ struct CodedQueries {
 // What is not larger is taken as 0: its inverse would be infinite.
 constexpr float kTiny = 1e-30f;
 
+// What one unit of rounded numbers stands for, NaN where a number is not finite; and its inverse, 0
+// where it would be infinite.
+struct NumberStep {
+  float size, inverse;
+
+  // `largest` magnitudes and sums of 0 times the numbers, by lane.
+  NumberStep(F largest, F check, int most_number) {
+    const float most = max_of(largest), bad = sum_of(check);
+    size = most / most_number + bad;
+    inverse = most > kTiny && bad == 0.0f ? most_number / most : 0.0f;
+  }
+};
+
+// With which `count` numbers are at most `most_number`.
+inline NumberStep step_of(const float* x, int count, int most_number) {
+  F largest{}, check{};
+  for (int d = 0; d < count; d += W) {
+    const F some = load_first<F>(x + d, std::min(W, count - d));
+    largest = max(largest, max(some, -some));
+    check = check + some * 0.0f;
+  }
+  return {largest, check, most_number};
+}
+
 // Whether a query that is not fine has bytes where it meets codes of a width.
 #if defined(__AVX512VNNI__)
 template <bool fine, int width>
@@ -63,23 +87,15 @@ void quantize_query(const Sections& code, const float* x, const CodedQueries& qu
   each_below<kWidths>([&](auto width_index) {
     constexpr int s = decltype(width_index)::value;
     constexpr bool in_bytes = kInBytes<fine, kWidth[s]>;
-    constexpr int most_number = in_bytes ? 127 : kLargestSigned;
     const Section& section = code.of[s];
     const float* from = x + section.first;
     uint32_t* first = queries.row(i) + queries.first[s];
-    F largest{}, check{};
-    for (int d = 0; d < section.count; d += W) {
-      const F some = load_first<F>(from + d, std::min(W, section.count - d));
-      largest = max(largest, max(some, -some));
-      check = check + some * 0.0f;
-    }
-    const float most = max_of(largest), bad = sum_of(check);  // NaN where a number is not finite
-    factors.scale[s] = most / most_number + bad;
-    const float inverse = most > kTiny && bad == 0.0f ? most_number / most : 0.0f;
+    const NumberStep step = step_of(from, section.count, in_bytes ? kLargestByte : kLargestSigned);
+    factors.scale[s] = step.size;
     I sum{};
     for (int d = 0; d < section.count; d += W) {
       const F some = load_first<F>(from + d, std::min(W, section.count - d));
-      const I numbers = inverse > 0.0f ? nearest(some * inverse) : I{};
+      const I numbers = step.inverse > 0.0f ? nearest(some * step.inverse) : I{};
       sum = sum + numbers;
       if constexpr (in_bytes)
         store(first + d / 4, __builtin_convertvector(numbers, B));

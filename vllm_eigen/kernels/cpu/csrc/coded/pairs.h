@@ -57,26 +57,6 @@ VLLM_EIGEN_INLINE void store_halves(U unit, uint32_t* row, int64_t stride) {
   store(row, sign_extend_pairs<8, 8>(codes));
   store(row + stride, sign_extend_pairs<0, 8>(codes));
 }
-
-// sums[r][v] += codes times numbers, 16-bit halves both, over `count` units.
-template <int R, int NV>
-VLLM_EIGEN_INLINE void multiply_halves(U (&sums)[R][NV], const uint32_t* rows, int64_t row_stride,
-                                       const uint32_t* codes, int64_t stride, int count) {
-  U c[R][NV];  // a copy, as in multiply.h
-  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
-    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) c[r][v] = sums[r][v];
-  for (int u = 0; u < count; ++u, codes += stride) {
-    U vectors[NV];
-    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) vectors[v] = load<U>(codes + v * W);
-    VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r) {
-      const U numbers = U{} + rows[r * row_stride + u];
-      VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v)
-        c[r][v] = c[r][v] + multiply_pairs(vectors[v], numbers);
-    }
-  }
-  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
-    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = c[r][v];
-}
 #endif
 
 }  // namespace vllm_eigen

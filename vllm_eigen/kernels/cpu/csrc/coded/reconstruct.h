@@ -63,27 +63,6 @@ VLLM_EIGEN_INLINE void store_plane(U unit, uint32_t* row, int64_t stride) {
 }
 
 #if defined(__AVX512VNNI__)
-// sums[r][v] += codes times numbers, over `count` units.
-template <int R, int NV>
-VLLM_EIGEN_INLINE void multiply_bytes(U (&sums)[R][NV], const uint32_t* rows, int64_t row_stride,
-                                      const uint32_t* codes, int64_t stride, int count) {
-  U c[R][NV];  // a copy, as in multiply.h
-  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
-    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) c[r][v] = sums[r][v];
-  for (int u = 0; u < count; ++u, codes += stride) {
-    U vectors[NV];
-    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) vectors[v] = load<U>(codes + v * W);
-    VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r) {
-      const U numbers = U{} + rows[r * row_stride + u];
-      // Not the intrinsic: with it gcc moves sums to the stack and back in every turn.
-      VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v)
-        asm("vpdpbusd %2, %1, %0" : "+v"(c[r][v]) : "v"(vectors[v]), "v"(numbers));
-    }
-  }
-  VLLM_EIGEN_UNROLL for (int r = 0; r < R; ++r)
-    VLLM_EIGEN_UNROLL for (int v = 0; v < NV; ++v) sums[r][v] = c[r][v];
-}
-
 // sums[r][v] += products in whole steps, low_sums those in 128ths of one.
 template <class M, int R, int NV>
 VLLM_EIGEN_INLINE void multiply_rows(const IntegerRows& rows, int64_t row,
@@ -91,8 +70,8 @@ VLLM_EIGEN_INLINE void multiply_rows(const IntegerRows& rows, int64_t row,
                                      U (&sums)[R][NV]) {
   const int low = M::is_plain ? 0 : rows.low_units, units = low + latents.units;
   const uint32_t* numbers = rows.numbers + row * units;
-  if (!M::is_plain) multiply_bytes(low_sums, numbers, units, latents.first, latents.stride, low);
-  multiply_bytes(sums, numbers + low, units, latents.first, latents.stride, latents.units);
+  if (!M::is_plain) multiply_units(low_sums, numbers, units, latents.first, latents.stride, low);
+  multiply_units(sums, numbers + low, units, latents.first, latents.stride, latents.units);
 }
 #else
 template <class M, int R, int NV>
@@ -101,8 +80,7 @@ VLLM_EIGEN_INLINE void multiply_rows(const IntegerRows& rows, int64_t row,
                                      U (&sums)[R][NV]) {
   const int halves = M::is_plain ? 0 : 2 * rows.low_units, units = latents.units;
   const uint32_t* numbers = rows.numbers + row * units;
-  if (!M::is_plain)
-    multiply_halves(low_sums, numbers, units, latents.first, latents.stride, halves);
+  if (!M::is_plain) multiply_units(low_sums, numbers, units, latents.first, latents.stride, halves);
   multiply_few_bits(sums, numbers + halves, units, latents.first + halves * latents.stride,
                     latents.stride, units - halves);
 }

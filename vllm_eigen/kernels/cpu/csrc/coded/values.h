@@ -59,13 +59,12 @@ inline void quantize_weights(float* weights, const float* scales, int first_seen
     largest = max(largest, w);
     check = check + w * 0.0f;
   }
-  const float most = max_of(largest), bad = sum_of(check);
-  to.factors[i] = most / kLargestUnsigned + bad;
-  const float inverse = most > kTiny && bad == 0.0f ? kLargestUnsigned / most : 0.0f;
+  const NumberStep step(largest, check, kLargestUnsigned);
+  to.factors[i] = step.size;
   uint32_t* first = to.row(i);
   I sum{};
   for (int t = begin; t < end; t += W) {
-    const I numbers = inverse > 0.0f ? nearest(load<F>(weights + t) * inverse) : I{};
+    const I numbers = step.inverse > 0.0f ? nearest(load<F>(weights + t) * step.inverse) : I{};
     sum = sum + numbers;
     put_numbers<kUnsignedBase>(numbers, first + t / kGroup, first + to.kUnits + t / kGroup);
   }
