@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM models of the Eigen architectures: the stock model with its attention modules replaced.
 
-`register` announces each class under its own name. The class is made when vLLM asks for it, of the
-class that vLLM has for the base; the family's description says where the attention modules are.
+A class is made when vLLM asks for it (`model_entry`), of the class that vLLM has for the base; the
+family's description says where the attention modules are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 from vllm_eigen.checkpoint.config import EigenConfig, check_cache_dtype, parse_config
 from vllm_eigen.checkpoint.families import FAMILIES, family_of
 from vllm_eigen.checkpoint.validate import validate
-from vllm_eigen.common.errors import UsageError
+from vllm_eigen.common.errors import EngineError, UsageError
 from vllm_eigen.kernels import Latents, Limits, RotaryTable
 from vllm_eigen.plugin.self_attention import (
     EigenSelfAttention,
@@ -58,18 +59,19 @@ class EigenModel(nn.Module):
         return loaded
 
 
-def __getattr__(name: str) -> type[nn.Module]:
-    """The class of an Eigen architecture.
+@cache
+def eigen_class(architecture: str) -> type[nn.Module]:
+    """The class of an Eigen architecture, for example `EigenLlamaForCausalLM`.
 
-    Made on demand: vLLM has a module for each base, and a server needs one of them.
+    Raises:
+        EngineError: no family has this architecture, or this vLLM does not serve its base.
     """
     for family in FAMILIES:
-        if family.eigen_architecture == name:
-            made = type(name, (EigenModel, stock_class(family.architecture)), {})
+        if family.eigen_architecture == architecture:
+            made = type(architecture, (EigenModel, stock_class(family.architecture)), {})
             made.__module__ = __name__
-            globals()[name] = made
             return made
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise EngineError(f"{architecture} is not an Eigen architecture")
 
 
 def replace_attention(model: nn.Module, vllm_config: VllmConfig) -> None:

@@ -31,6 +31,8 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from vllm_eigen.plugin.model_entry import EigenModelEntry
+
     # A second registration is an error. `CUSTOM` is left to other plugins: all share that one name.
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
         AttentionBackendEnum.register(BACKEND_NAME, BACKEND)
@@ -39,4 +41,5 @@ def register() -> None:
         ModelRegistry.register_model(name, "vllm_eigen.plugin.mpt:MPTForCausalLM")
     for family in FAMILIES:
         name = family.eigen_architecture
-        ModelRegistry.register_model(name, f"vllm_eigen.plugin.models:{name}")
+        # `register_model` takes a class, or the name of one that is in a module already.
+        ModelRegistry.models[name] = EigenModelEntry("vllm_eigen.plugin.models", name)
