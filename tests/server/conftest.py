@@ -23,8 +23,8 @@ from vllm_eigen.server.launch.process import ServerProcess, start
 KEY = "sk-test-key"
 ROOT_PATH = "/prefix"
 NAME = "tiny"
-MAX_MODEL_LEN = 1024
-POOL_BYTES = 16 << 20
+MAX_MODEL_LEN = served_model.MAX_POSITIONS
+POOL_BYTES = 48 << 20
 START_SECONDS = 240.0
 DRAIN_SECONDS = 120
 """Enough for a long answer where the machine has other work."""
