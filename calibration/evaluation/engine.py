@@ -83,7 +83,7 @@ class Engine:
     def logprobs(
         self, sequences: Iterable[list[int]], vocab_size: int | None = None
     ) -> Iterator[TokenLogprobs]:
-        """The model's predictions of each sequence, as a `Scorer` gives them.
+        """The model's predictions of each sequence, in their order.
 
         Args:
             vocab_size: to have those of the whole vocabulary too.

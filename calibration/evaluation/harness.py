@@ -18,7 +18,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from vllm_eigen.calibration.evaluation.questions import Accuracy
-from vllm_eigen.calibration.evaluation.scoring import Scorer
+from vllm_eigen.calibration.evaluation.scoring import Continuation, Scorer
 from vllm_eigen.common.errors import InputError, UsageError, first_line
 
 for _name in ("lm_eval", "huggingface_hub"):
@@ -132,11 +132,12 @@ class _Model(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        sequences = ((context + text)[-self._length :] for _, context, text in requests)
-        results = []
-        for (_, _, text), scored in zip(requests, self._scorer(sequences), strict=True):
-            results.append(scored.last(len(text)))
-        return results
+        return list(
+            self._scorer(
+                Continuation((context + text)[-self._length :], len(text))
+                for _, context, text in requests
+            )
+        )
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> NoReturn:
         """Multiple choice does not use it."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_eigen.calibration.evaluation.scoring import Scorer
+from vllm_eigen.calibration.evaluation.scoring import Continuation, Scorer
 from vllm_eigen.common.errors import InputError
 
 
@@ -81,11 +81,10 @@ def accuracy(
 ) -> Accuracy:
     """Accuracy on the questions; contexts are cut on the left so that `length` tokens suffice."""
     encoded = [_encode(tokenizer, *pair) for question in questions for pair in question.pairs]
-    scored = scorer(tokens[-length:] for tokens, _ in encoded)
-    counts = iter([count for _, count in encoded])
+    scored = scorer(Continuation(tokens[-length:], count) for tokens, count in encoded)
     right = right_norm = 0
     for question in questions:
-        scores = [next(scored).last(next(counts))[0] for _ in question.pairs]
+        scores = [next(scored)[0] for _ in question.pairs]
         sizes = [max(1, len(text.removeprefix(" "))) for _, text in question.pairs]
         right += _best(scores) == question.gold
         shares = [score / size for score, size in zip(scores, sizes, strict=True)]

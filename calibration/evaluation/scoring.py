@@ -29,50 +29,87 @@ class TokenLogprobs:
     top1: torch.Tensor
     vocab_logprobs: torch.Tensor | None = None
 
-    def last(self, count: int) -> tuple[float, bool]:
-        """Log-likelihood of the last `count` tokens, and whether greedy decoding gives them all."""
-        start = max(0, len(self.tokens) - count)
-        greedy = self.top1[start:] == self.tokens[start:]
-        return float(self.logprobs[start:].double().sum()), bool(greedy.all())
 
+@dataclass(frozen=True)
+class Continuation:
+    """What a task asks about: the last tokens of a text.
+
+    Attributes:
+        tokens: context and continuation, at least two tokens.
+        count: tokens of the continuation. The first token of all is never predicted.
+    """
+
+    tokens: list[int]
+    count: int
+
+    @property
+    def start(self) -> int:
+        """Index of its first predicted token."""
+        return max(1, len(self.tokens) - self.count)
+
+
+Score = tuple[float, bool]
+"""Log-likelihood of a continuation, and whether greedy decoding gives all of it."""
+Scorer = Callable[[Iterable[Continuation]], Iterator[Score]]
+"""Scores continuations in their order."""
 
 _BATCH_TOKENS = 256
-"""Tokens of a batch, padding included: their logits are what takes memory."""
-
-Scorer = Callable[[Iterable[list[int]]], Iterator[TokenLogprobs]]
-"""Scores sequences of at least two tokens, in their order."""
+"""Tokens of a batch, padding included: their logits take memory."""
 
 
 def transformers_scorer(model: Any) -> Scorer:
     """Scores with a transformers model, short sequences in batches.
 
-    They are padded on the right, where causal attention does not look.
+    They are padded on the right, where causal attention does not look. Logits are made from the
+    first continuation on: with a large vocabulary they are a good part of the work.
     """
 
-    def score(sequences: Iterable[list[int]]) -> Iterator[TokenLogprobs]:
-        for batch in _batches(sequences):
-            width = max(map(len, batch))
-            padded = [[*sequence, *[0] * (width - len(sequence))] for sequence in batch]
+    def score(asked: Iterable[Continuation]) -> Iterator[Score]:
+        for batch in _batches(asked):
+            width = max(len(item.tokens) for item in batch)
+            padded = [[*item.tokens, *[0] * (width - len(item.tokens))] for item in batch]
+            first = min(item.start for item in batch) - 1
             with torch.inference_mode():
-                logits = model(torch.tensor(padded, device=model.device), use_cache=False).logits
-            for sequence, rows in zip(batch, logits, strict=True):
-                predicted = torch.tensor(sequence[1:], device=model.device)
-                found = rows[: len(predicted)].float()
-                logprobs = found.log_softmax(-1).gather(-1, predicted[:, None])[:, 0]
-                yield TokenLogprobs(predicted.cpu(), logprobs.cpu(), found.argmax(-1).cpu())
+                logits = model(
+                    torch.tensor(padded, device=model.device),
+                    use_cache=False,
+                    logits_to_keep=width - first,
+                ).logits
+            for item, rows in zip(batch, logits, strict=True):
+                tokens = torch.tensor(item.tokens[item.start :], device=model.device)
+                found = rows[item.start - 1 - first :][: len(tokens)].float()
+                logprobs = found.log_softmax(-1).gather(-1, tokens[:, None])
+                greedy = found.argmax(-1) == tokens
+                yield float(logprobs.double().sum()), bool(greedy.all())
 
     return score
 
 
-def _batches(sequences: Iterable[list[int]]) -> Iterator[list[list[int]]]:
+def logprobs_scorer(
+    logprobs: Callable[[Iterable[list[int]]], Iterator[TokenLogprobs]],
+) -> Scorer:
+    """Scores with what predicts whole sequences, such as `Engine.logprobs`."""
+
+    def score(asked: Iterable[Continuation]) -> Iterator[Score]:
+        asked = list(asked)
+        predicted = logprobs(item.tokens for item in asked)
+        for item, found in zip(asked, predicted, strict=True):
+            part = slice(item.start - 1, None)
+            greedy = found.top1[part] == found.tokens[part]
+            yield float(found.logprobs[part].double().sum()), bool(greedy.all())
+
+    return score
+
+
+def _batches(asked: Iterable[Continuation]) -> Iterator[list[Continuation]]:
     """Neighbours together, padded to at most `_BATCH_TOKENS`; a longer sequence stands alone."""
-    batch: list[list[int]] = []
+    batch: list[Continuation] = []
     width = 0
-    for sequence in sequences:
-        width = max(width, len(sequence))
+    for item in asked:
+        width = max(width, len(item.tokens))
         if batch and width * (len(batch) + 1) > _BATCH_TOKENS:
             yield batch
-            batch, width = [], len(sequence)
-        batch.append(sequence)
+            batch, width = [], len(item.tokens)
+        batch.append(item)
     if batch:
         yield batch

@@ -15,6 +15,7 @@ import torch
 from vllm_eigen.calibration.evaluation.engine import Engine
 from vllm_eigen.calibration.evaluation.inputs import Evaluation, Inputs
 from vllm_eigen.calibration.evaluation.metrics import Comparison, Quality, kl_sum
+from vllm_eigen.calibration.evaluation.scoring import logprobs_scorer
 from vllm_eigen.calibration.model.activations import allocate
 from vllm_eigen.common.progress import Reporter
 
@@ -49,14 +50,14 @@ def evaluate_served(inputs: Inputs, reporter: Reporter) -> Evaluation:
     with Engine(base.folder, **size) as engine:
         reporter.stage("base", len(windows))
         record = BaseRecord(engine, windows, vocab_size, reporter)
-        before = inputs.accuracies("base tasks", engine.logprobs, reporter)
+        before = inputs.accuracies("base tasks", logprobs_scorer(engine.logprobs), reporter)
     reporter.stage("start eigen", 1)
     if inputs.fp8_cache:
         size["kv_cache_dtype"] = "fp8"
     with Engine(inputs.folder, **size) as engine:
         reporter.stage("eigen", len(windows))
         quality = record.compare(engine, reporter)
-        after = inputs.accuracies("eigen tasks", engine.logprobs, reporter)
+        after = inputs.accuracies("eigen tasks", logprobs_scorer(engine.logprobs), reporter)
     return Evaluation.of(inputs, quality, before, after, notes)
 
 
