@@ -152,3 +152,29 @@ def alone_as_in_company(case: Case) -> None:
         block_table=problem.block_table[:1],
     )
     assert torch.equal(together[:1], run(Moving(1, hints=True), alone))
+
+
+def with_nan(case: Case, place: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Outputs with a NaN in head 1 of the query, key or value, and without it.
+
+    Args:
+        case: a sequence that decodes, and one with a prompt of more than twelve tokens.
+
+    Returns:
+        poisoned, clean: [tokens, num_heads, size]; reached: where the NaN may be seen, bool
+        [tokens, num_heads].
+    """
+    problem = make(case)
+    clean = run(Moving(1), problem)
+    reached = torch.zeros(clean.shape[:2], dtype=torch.bool)
+    for sequence, token in ((0, case.sequences[0][0] - 4), (1, 11)):
+        start, end = problem.query_start_loc[sequence : sequence + 2].tolist()
+        if place == "query":
+            problem.query[start, 1, 3] = torch.nan
+            reached[start, 1] = True
+        else:
+            rows = (problem.keys if place == "key" else problem.values)[sequence]
+            rows[token, 1, 3] = torch.nan
+            old = case.sequences[sequence][0]
+            reached[start:end, 1] = old + torch.arange(end - start) >= token
+    return run(Moving(1), problem), clean, reached

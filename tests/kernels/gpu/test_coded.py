@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Case, layer_of, make, run
+from tests.kernels.cases import Case, layer_of, make
 from tests.kernels.gpu.moving import (
     HAS_GPU,
     RUNS_HERE,
@@ -20,6 +20,7 @@ from tests.kernels.gpu.moving import (
     close,
     needs_kernels,
     run_interpreted,
+    with_nan,
 )
 from tests.kernels.strategies import cases, codes
 from tests.kernels.test_coding import latents
@@ -107,7 +108,7 @@ def test_heads_of_256() -> None:
         queries_per_head=2,
         rank_k=code.rank,
         rank_v=code.rank,
-        sequences=((140, 1), (3, 12)),
+        sequences=((70, 1), (3, 12)),
         dtype=torch.bfloat16,
         head_size=256,
         reconstruct=True,
@@ -252,10 +253,10 @@ def test_bounds_and_company_change_nothing(reconstruct: bool) -> None:
         queries_per_head=2,
         rank_k=code.rank,
         rank_v=code.rank,
-        sequences=((140, 1), (0, 30), (90, 3)),
+        sequences=((70, 1), (0, 17), (66, 3)),
         reconstruct=reconstruct,
         rotary_dim=16,
-        window=100,
+        window=50,
         codes=(code, code),
     )
     alone_as_in_company(case)
@@ -270,23 +271,10 @@ def test_nan_in_nan_out(place: str, reconstruct: bool) -> None:
     case = Case(
         rank_k=code.rank,
         rank_v=code.rank,
-        sequences=((140, 1), (5, 30)),
+        sequences=((70, 1), (5, 17)),
         reconstruct=reconstruct,
         codes=(code, code),
     )
-    for sequence, token in ((0, 100), (1, 11)):
-        problem = make(case)
-        clean = run(Moving(1), problem)
-        start, end = problem.query_start_loc[sequence : sequence + 2].tolist()
-        reached = torch.zeros(clean.shape[:2], dtype=torch.bool)
-        if place == "query":
-            problem.query[start, 1, 3] = torch.nan
-            reached[start, 1] = True
-        else:
-            rows = (problem.keys if place == "key" else problem.values)[sequence]
-            rows[token, 1, 3] = torch.nan
-            old = case.sequences[sequence][0]
-            reached[start:end, 1] = old + torch.arange(end - start) >= token
-        found = run(Moving(1), problem)
-        assert torch.equal(found.isnan().all(dim=2), reached)
-        assert torch.equal(found[~reached], clean[~reached])
+    found, clean, reached = with_nan(case, place)
+    assert torch.equal(found.isnan().all(dim=2), reached)
+    assert torch.equal(found[~reached], clean[~reached])
