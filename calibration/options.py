@@ -39,6 +39,7 @@ class Options:
             key-cache mode and number of KV heads to a latent head.
         prefer: which key-cache mode is the model's own, where `key_mode` is None.
         refit: fit the output projections to the compressed heads; None for the method's default.
+        revision: of a hub model: branch, tag or commit.
         bases_only: write the bases alone, to be applied over the untouched base model.
         resume: continue from what an interrupted run with the same options left.
         memory_limit: bytes of activations kept in memory; None for the default.
@@ -58,6 +59,7 @@ class Options:
     head_group: int | None = None
     device: str = "auto"
     refit: bool | None = None
+    revision: str | None = None
     bases_only: bool = False
     overwrite: bool = False
     resume: bool = False

@@ -48,7 +48,7 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
     """
     options.check()
     device = pick_device(options.device)
-    source = open_source(options.model)
+    source = open_source(options.model, revision=options.revision)
     recipe = recipe_of(options, source)
     corpus = options.corpus()
     windows = _windows(options, source, corpus, reporter)
@@ -76,7 +76,7 @@ def calibrate(options: Options, reporter: Reporter) -> EigenConfig:
         key_offset=recipe.coded,
         provenance={
             **job.state.provenance,
-            "base": {"name": source.name, "fingerprint": source.fingerprint},
+            "base": source.record(),
             "calibration": {
                 "text": corpus.name,
                 "samples": len(job.tokens),

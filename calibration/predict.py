@@ -73,7 +73,7 @@ def predict(options: Options) -> Prediction:
     """
     options.check()
     device = pick_device(options.device)
-    source = open_source(options.model, with_weights=False)
+    source = open_source(options.model, revision=options.revision, with_weights=False)
     recipe = recipe_of(options, source)
     geometry, kv_ratio = source.geometry, options.target.kv_ratio
     with torch.device("meta"):

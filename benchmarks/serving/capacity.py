@@ -148,7 +148,7 @@ def users(
     kv_bits: int | None = None,
 ) -> int:
     """Whole sequences of CONTEXT tokens, or the model's longest; 0 if the weights do not fit."""
-    from vllm_eigen.server.launch.estimate import estimate
+    from vllm_eigen.checkpoint.estimate import estimate
 
     longest = min(CONTEXT, int(config.get("max_position_embeddings", CONTEXT)))
     try:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eigen.calibration.commands.push import add_hub_arguments
 from vllm_eigen.calibration.methods import DEFAULT, METHODS
 from vllm_eigen.calibration.preference import Preference
 from vllm_eigen.checkpoint.modes import KeyMode
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
     from vllm_eigen.checkpoint.config import EigenConfig
 
 DEVICE_HELP = "to compute on (default: a GPU if there is one)"
+_UNRECORDED = (
+    "--output", "--overwrite", "--resume", "--quiet", "--push", "--license", "--private",
+)  # fmt: skip
 HELP = "compress a model's KV cache: calibrate, fold, write a checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("model", metavar="MODEL", help="folder, GGUF file, or Hugging Face hub id")
+    parser.add_argument("--revision", metavar="R", help="of a hub model: branch, tag or commit")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -91,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="only predict size, memory, disk and time"
     )
+    parser.add_argument("--push", metavar="REPO", help="publish it on the hub as OWNER/NAME")
+    add_hub_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
 
@@ -126,7 +133,7 @@ def corpus_of(args: argparse.Namespace, default_split: str = "train") -> Callabl
 def _record(arguments: Sequence[str]) -> dict[str, Any]:
     """Provenance that is the same for every run that must give the same bytes.
 
-    Not in it: the time, the output folder, and whether an interrupted run was continued.
+    Not in it: the time, where the output goes, and whether an interrupted run was continued.
     """
     from vllm_eigen.common.provenance import collect
 
@@ -134,9 +141,9 @@ def _record(arguments: Sequence[str]) -> dict[str, Any]:
     skip = False
     for item in arguments:
         name, _, value = item.partition("=")
-        if not skip and name not in ("--output", "--overwrite", "--resume", "--quiet"):
+        if not skip and name not in _UNRECORDED:
             kept.append(item)
-        skip = name == "--output" and not value
+        skip = name in ("--output", "--push", "--license") and not value
     record = collect(["vllm-eigen", *kept])
     del record["date"]
     return record
@@ -184,6 +191,7 @@ def _choice(eigen: EigenConfig) -> str:
 def run(args: argparse.Namespace) -> int:
     """Calibrate; prints one line about the result."""
     check_torchvision()
+    from vllm_eigen.calibration.export.push import Destination, destination, push
     from vllm_eigen.calibration.options import Options
     from vllm_eigen.calibration.pipeline import calibrate
     from vllm_eigen.calibration.predict import predict
@@ -206,6 +214,7 @@ def run(args: argparse.Namespace) -> int:
         prefer=args.prefer,
         head_group=args.head_group,
         refit=args.refit,
+        revision=args.revision,
         bases_only=args.bases_only,
         device=args.device,
         overwrite=args.overwrite,
@@ -214,8 +223,20 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_prediction(predict(options))
         return 0
+    to: Destination | None = None
+    if args.push is not None:
+        to = destination(
+            args.push,
+            base=args.model,
+            commit=args.revision,
+            licence=args.license,
+            private=args.private,
+        )
+    elif args.license or args.private:
+        raise UsageError("--license and --private are for --push REPO")
     with terminate_as_interrupt(), reporter:
         eigen = calibrate(options, reporter)
+        address = None if to is None else push(options.output, to)
     if not args.quiet:
         print(
             f"{args.output}: KV ratio {eigen.kv_ratio:.4f}, {eigen.bytes_per_token(2)} cached "
@@ -223,4 +244,6 @@ def run(args: argparse.Namespace) -> int:
             f"{_choice(eigen)}",
             file=sys.stderr,
         )
+        if address is not None:
+            print(address)
     return 0

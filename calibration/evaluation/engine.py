@@ -38,6 +38,25 @@ _ENVIRONMENT = {
 """What the engine's processes inherit, unless the user has set it."""
 
 
+def start_engine(model: Path, **options: Any) -> OfflineEngine:
+    """Start vLLM in a process of its own, with nothing on standard output.
+
+    Args:
+        model: folder to serve.
+        options: of `vllm.LLM`.
+
+    Raises:
+        EngineError: vLLM is missing, of another version, or does not start.
+    """
+    check_vllm_version()
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        return OfflineEngine(model, **options)
+    except Exception as error:
+        raise EngineError(f"vLLM cannot serve {model}: {first_line(error, 300)}") from error
+
+
 class Engine:
     """A vLLM engine. A context manager: leaving it gives the memory back.
 
@@ -54,23 +73,17 @@ class Engine:
     def __init__(
         self, model: Path, *, length: int, token_bytes: int, kv_cache_dtype: str = "auto"
     ) -> None:
-        check_vllm_version()
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        try:
-            self._engine = OfflineEngine(
-                model,
-                max_model_len=length + 1,  # vLLM always makes room for one more token
-                kv_cache_dtype=kv_cache_dtype,
-                kv_cache_memory_bytes=max(_CACHE_BYTES, 8 * length * token_bytes),
-                max_num_seqs=_REQUESTS,
-                enforce_eager=True,
-                use_tqdm_on_load=False,
-                max_logprobs=-1,
-                seed=0,
-            )
-        except Exception as error:
-            raise EngineError(f"vLLM cannot serve {model}: {first_line(error, 300)}") from error
+        self._engine = start_engine(
+            model,
+            max_model_len=length + 1,  # vLLM always makes room for one more token
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_memory_bytes=max(_CACHE_BYTES, 8 * length * token_bytes),
+            max_num_seqs=_REQUESTS,
+            enforce_eager=True,
+            use_tqdm_on_load=False,
+            max_logprobs=-1,
+            seed=0,
+        )
 
     def __enter__(self) -> Engine:
         return self

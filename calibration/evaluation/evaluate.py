@@ -38,7 +38,7 @@ def find_base(folder: Path, eigen: EigenConfig, named: str | None) -> Source:
     elif (known := find_base_folder(fingerprint)) is not None:
         source = open_source(str(known))
     elif "/" in name:
-        source = open_source(name)
+        source = open_source(name, revision=record.get("commit"))
     else:
         raise InputError(
             f"{folder}: its base model {name or 'is not recorded'} is not known on this machine; "

@@ -21,7 +21,8 @@ import torch
 
 from vllm_eigen.calibration.model.gguf import cached_folder, find_gguf
 from vllm_eigen.checkpoint.families import Experts, Family, Geometry, family_of
-from vllm_eigen.common.errors import InputError, first_line
+from vllm_eigen.common.errors import InputError, UsageError, first_line
+from vllm_eigen.common.hub import hub_error, is_hub_id
 
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*")
 _LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
@@ -38,6 +39,7 @@ class Source:
         folder: where its files are.
         config: its `config.json`.
         changed: tensors that replace stored ones of the same name, such as refitted projections.
+        commit: of a hub model.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Source:
     family: Family
     geometry: Geometry
     changed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    commit: str | None = None
 
     @cached_property
     def weights(self) -> Weights:
@@ -64,6 +67,11 @@ class Source:
         for path in _weight_files(self.folder):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         return digest.hexdigest()[:16]
+
+    def record(self) -> dict[str, str]:
+        """What tells the model from others, for a checkpoint's provenance."""
+        found = {"name": self.name, "fingerprint": self.fingerprint}
+        return found if self.commit is None else {**found, "commit": self.commit}
 
     @property
     def max_positions(self) -> int:
@@ -110,22 +118,30 @@ class Source:
             ) from error
 
 
-def open_source(model: str, *, with_weights: bool = True) -> Source:
+def open_source(model: str, *, revision: str | None = None, with_weights: bool = True) -> Source:
     """Find a model by path or hub id and read its configuration.
 
     A GGUF file, or a folder that holds one, is converted on first use. Without weights only
     configuration and tokenizer are downloaded.
 
+    Args:
+        revision: of a hub model: branch, tag or commit; its main branch by default.
+
     Raises:
         InputError: it does not exist, cannot be downloaded, or its configuration is damaged.
+        UsageError: a revision of a model that is on disk.
         UnsupportedModelError: its architecture has no description.
     """
     folder = Path(model)
     name = folder.resolve().name if folder.is_dir() else model
+    commit = None
+    if revision is not None and folder.exists():
+        raise UsageError(f"--revision {revision} is of a hub model; {model} is on disk")
     if (file := find_gguf(folder)) is not None:
         folder, name = cached_folder(file), file.stem
     elif not folder.is_dir():
-        folder = _download(model, with_weights)
+        folder = _download(model, revision, with_weights)
+        commit = folder.name  # huggingface_hub calls a snapshot by its commit
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -142,7 +158,7 @@ def open_source(model: str, *, with_weights: bool = True) -> Source:
     family = family_of(config)
     if config.get("quantization_config"):
         raise InputError(f"{folder}: the weights are quantized; pass the unquantized model")
-    return Source(name, folder, config, family, family.geometry(config))
+    return Source(name, folder, config, family, family.geometry(config), commit=commit)
 
 
 class Weights:
@@ -255,27 +271,22 @@ class ModelTensors:
                 found.append([f"{path}.{projection}.weight" for projection in projections])
 
 
-def _download(model: str, with_weights: bool) -> Path:
+def _download(model: str, revision: str | None, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
-    missing = InputError(
-        f"model {model!r} is neither a folder nor a model of the Hugging Face hub; check the name"
-    )
-    if model.count("/") > 1 or model.startswith((".", "/", "~")) or Path(model).exists():
-        raise missing
-    try:
-        patterns = [name for name in _PATTERNS if with_weights or name != "*.safetensors"]
-        folder = Path(snapshot_download(model, allow_patterns=patterns))
-        if with_weights and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(model, allow_patterns=[*_PATTERNS, "pytorch*.bin"]))
-    except HFValidationError as error:
-        raise missing from error
-    except Exception as error:
+    if not is_hub_id(model) or Path(model).exists():
         raise InputError(
-            f"model {model!r} is not a folder and cannot be downloaded from the Hugging Face hub "
-            f"({first_line(error)})"
-        ) from error
+            f"model {model!r} is neither a folder nor a model of the Hugging Face hub; check the "
+            "name"
+        )
+    patterns = [name for name in _PATTERNS if with_weights or name != "*.safetensors"]
+    older = [*_PATTERNS, "pytorch*.bin"]
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        if with_weights and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=older))
+    except Exception as error:
+        raise hub_error(error, model, revision) from error
     return folder
 
 

@@ -15,6 +15,7 @@ HELP = "estimate the size and capacity of a model's KV cache, with and without c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("model", metavar="MODEL", help="model folder or hub id, base or compressed")
+    parser.add_argument("--revision", metavar="R", help="of a hub model: branch, tag or commit")
     parser.add_argument(
         "--memory",
         required=True,
@@ -47,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a step, which sliding windows hold besides (2048)",
     )
+    parser.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="two steps at once, as vLLM has them on GPUs and not on CPUs",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
@@ -56,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UsageError, InputError, CheckpointError: an argument or the model cannot be used.
     """
+    from vllm_eigen.checkpoint.estimate import estimate
     from vllm_eigen.common.sizes import parse_size
-    from vllm_eigen.server.launch.estimate import estimate
     from vllm_eigen.server.launch.model_files import read_config, weight_bytes
 
     for name in ("max_model_len", "block_size", "max_num_batched_tokens"):
@@ -66,15 +73,15 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} {value} is out of range; give 1 or more")
     memory = parse_size(args.memory)
     result = estimate(
-        read_config(args.model),
+        read_config(args.model, args.revision),
         memory,
         kv_ratio=args.kv_ratio,
         kv_bits=args.kv_bits,
         kv_cache_dtype=args.kv_cache_dtype,
         max_model_len=args.max_model_len,
         block_size=args.block_size,
-        in_flight=args.max_num_batched_tokens,
-        stored_bytes=weight_bytes(args.model),
+        in_flight=args.max_num_batched_tokens * (2 if args.async_scheduling else 1),
+        stored_bytes=weight_bytes(args.model, args.revision),
     )
     if args.json:
         print(json.dumps(dataclasses.asdict(result), indent=2))

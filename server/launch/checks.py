@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from vllm_eigen.checkpoint.config import CONFIG_FILE, check_cache_dtype
+from vllm_eigen.checkpoint.estimate import estimate
 from vllm_eigen.checkpoint.validate import validate
 from vllm_eigen.common.errors import EigenError, UsageError
 from vllm_eigen.common.sizes import format_bytes
-from vllm_eigen.server.launch.estimate import estimate
 from vllm_eigen.server.launch.model_files import is_local, read_config
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eigen.checkpoint.config import CONFIG_FILE
-from vllm_eigen.common.errors import InputError
+from vllm_eigen.common.errors import InputError, UsageError
+from vllm_eigen.common.hub import hub_error, is_offline
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -29,16 +30,25 @@ def is_local(model: str) -> bool:
     return False
 
 
-def read_config(model: str) -> dict[str, Any]:
+def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
     """The model's `config.json`.
+
+    Args:
+        model: folder or hub id.
+        revision: of a hub model: branch, tag or commit.
 
     Raises:
         InputError: there is no such model, or its configuration cannot be read.
+        UsageError: a revision of a folder.
     """
-    return _read_json(Path(model) / CONFIG_FILE if is_local(model) else _fetch(model, CONFIG_FILE))
+    if not is_local(model):
+        return _read_json(_fetch(model, CONFIG_FILE, revision))
+    if revision is not None:
+        raise UsageError(f"--revision {revision} is of a hub model; {model} is a folder")
+    return _read_json(Path(model) / CONFIG_FILE)
 
 
-def weight_bytes(model: str) -> int | None:
+def weight_bytes(model: str, revision: str | None = None) -> int | None:
     """Bytes of the safetensors files, if the files or their index tell.
 
     Raises:
@@ -46,7 +56,7 @@ def weight_bytes(model: str) -> int | None:
     """
     if not is_local(model):
         try:
-            return _total_size(_read_json(_fetch(model, INDEX_FILE)))
+            return _total_size(_read_json(_fetch(model, INDEX_FILE, revision)))
         except InputError:
             return None
     folder = Path(model)
@@ -62,15 +72,16 @@ def _total_size(index: dict[str, Any]) -> int | None:
     return int(size) if isinstance(size, int | float) else None
 
 
-def _fetch(model: str, name: str) -> Path:
+def _fetch(model: str, name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(model, name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{name} of {model} cannot be had from the hub: {reason}") from error
+        return Path(hf_hub_download(model, name, revision=revision))
+    except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not is_offline():
+            raise InputError(f"{model} of the Hugging Face hub has no {name}") from error
+        raise hub_error(error, model, revision) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import torch
 
 from vllm_eigen.calibration.model.source import open_source
 from vllm_eigen.calibration.model.transformers_model import auto_config, auto_model
+from vllm_eigen.checkpoint.estimate import element_bytes, estimate
 from vllm_eigen.checkpoint.families import FAMILIES
-from vllm_eigen.server.launch.estimate import element_bytes, estimate
 
 MODELS: dict[str, Any] = json.loads(
     Path(__file__).with_name("real_models.json").read_text(encoding="utf-8")

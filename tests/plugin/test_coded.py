@@ -34,9 +34,9 @@ from tests.plugin.harness.rows import (
 from tests.plugin.harness.two_ranks import word_prompts
 from vllm_eigen.calibration.model.compressed import load_reference
 from vllm_eigen.checkpoint.config import read_config
+from vllm_eigen.checkpoint.estimate import estimate
 from vllm_eigen.checkpoint.validate import validate
 from vllm_eigen.common.errors import UsageError
-from vllm_eigen.server.launch.estimate import estimate
 from vllm_eigen.server.stats.layout import Windows, layout_of_workers
 
 [LLAMA] = [row for row in CODED_ROWS if str(row) == "llama-pre-rope-coded"]

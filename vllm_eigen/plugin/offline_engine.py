@@ -39,6 +39,25 @@ class OfflineEngine:
         found: list[Any] = self.llm.generate(inputs, SamplingParams(**sampling), use_tqdm=False)
         return found
 
+    @property
+    def dtype(self) -> str:
+        """The type that the model computes in, as in `bfloat16`."""
+        return str(self.llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
+
+    @property
+    def in_flight(self) -> int:
+        """Most tokens scheduled and not yet settled."""
+        return int(self.llm.llm_engine.vllm_config.max_in_flight_tokens)
+
+    @property
+    def max_concurrency(self) -> float:
+        """Sequences of the greatest length that the pool holds, by vLLM's own count."""
+        return float(self.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
+
+    def counter(self, name: str) -> float:
+        """One of vLLM's counters, summed over its labels; needs `disable_log_stats=False`."""
+        return float(sum(item.value for item in self.llm.get_metrics() if item.name == name))
+
     def stop(self) -> None:
         """End the engine's processes, which vLLM leaves to the garbage collector."""
         self.llm.llm_engine.engine_core.shutdown()

@@ -73,7 +73,7 @@ def estimate(
     kv_cache_dtype: str = "auto",
     max_model_len: int | None = None,
     block_size: int = 16,
-    in_flight: int = 2048,
+    in_flight: int = 4096,
     stored_bytes: int | None = None,
 ) -> Estimate:
     """Estimate a model, base or Eigen.
@@ -90,7 +90,8 @@ def estimate(
             uncompressed cache is counted at the model's type. Coded latents allow no other.
         max_model_len: tokens of a full sequence; the model's maximum by default.
         block_size: tokens per block.
-        in_flight: tokens scheduled at once, `--max-num-batched-tokens`; they count beside a window.
+        in_flight: tokens scheduled and not yet settled: `--max-num-batched-tokens`, with
+            asynchronous scheduling twice. They count beside a window.
         stored_bytes: bytes of the weight files, where known; else counted from `config`.
 
     Raises:
