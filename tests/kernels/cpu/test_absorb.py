@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 
 from tests.kernels.cases import Case, expected, layer_of, make, run
 from tests.kernels.cases import tolerance as allowed
-from vllm_eigen.kernels.cpu.absorb import KV_CHUNK, find_frequency_basis, tolerance
+from vllm_eigen.kernels.cpu.absorb import (
+    KV_CHUNK,
+    PAIRS_AT_ONCE,
+    find_frequency_basis,
+    tolerance,
+)
 from vllm_eigen.kernels.cpu.build import supported_isas
 from vllm_eigen.kernels.cpu.kernels import CpuKernels
 from vllm_eigen.kernels.cpu.pack import Target, pack, pack_table
@@ -26,6 +31,32 @@ def frequencies_of(base: float, pairs: int) -> tuple[float, ...]:
 def dense(pairs: int) -> tuple[float, ...]:
     """What reconstructing costs where every pair reads all latents."""
     return tuple(2.0 * count for count in range(pairs + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("head_size", "rotary_dim", "queries_per_head", "base"),
+    [
+        pytest.param(128, 64, 16, 1e4, id="GLM-4 9B"),
+        pytest.param(64, 16, 1, 1e4, id="StableLM 2 1.6B"),
+        pytest.param(160, 40, 4, 1e4, id="StableLM 2 12B"),
+        pytest.param(128, 96, 3, 1e4, id="Phi-4-mini"),
+        pytest.param(256, 64, 8, 1e7, id="Qwen3-Next"),
+    ],
+)
+def test_dimensions_that_do_not_rotate_are_not_reconstructed(
+    head_size: int, rotary_dim: int, queries_per_head: int, base: float, dtype: torch.dtype
+) -> None:
+    rotary, still = rotary_dim // 2, (head_size - rotary_dim) // 2
+    frequencies = frequencies_of(base, rotary) + (0.0,) * still
+    found = find_frequency_basis(
+        frequencies, dense(rotary + still), queries_per_head, tolerance(dtype)
+    )
+    assert found is not None
+    # Pairs are reconstructed several at once, so the last ones may be of both kinds.
+    assert found.direct_pairs < rotary + PAIRS_AT_ONCE
+    # One absorbed query, the same in every chunk.
+    assert found.bands[-1].num_functions == 1
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
