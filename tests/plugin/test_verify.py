@@ -13,6 +13,7 @@ from tests.plugin.harness.rows import CODED_ROWS
 from vllm_eigen import cli
 
 
+@pytest.mark.slow
 def test_verify(
     served: Rows, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
