@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vllm_eigen.benchmarks.lib import plots
 from vllm_eigen.benchmarks.quality.calibration_cost import LENGTH, CostRow
 from vllm_eigen.benchmarks.quality.calibration_samples import SampleRow
@@ -46,8 +48,25 @@ def markdown(samples: Sequence[SampleRow], costs: Sequence[CostRow]) -> str:
             f"| {row.peak_bytes / 2**20:.0f} |"
             for row in costs
         ]
-        parts.append("")
+        parts += ["", *_fits(costs), ""]
     return "\n".join(parts)
+
+
+def _fits(costs: Sequence[CostRow]) -> list[str]:
+    """Time as a line in layers and in windows (least squares), and the largest deviation of it."""
+    lines = []
+    for varies, name in (("layers", "layers"), ("samples", "windows")):
+        rows = [row for row in costs if row.varies == varies]
+        where = np.array([getattr(row, varies) for row in rows], dtype=float)
+        seconds = np.array([row.seconds for row in rows])
+        if len(set(where)) < 3:  # Two points are always on a line.
+            continue
+        slope, start = np.polyfit(where, seconds, 1)
+        worst = float(np.max(np.abs(start + slope * where - seconds) / seconds))
+        lines.append(
+            f"- by {name}: {start:.1f} s + {slope:.2f} s x {name}, off by {worst:.0%} at most"
+        )
+    return ["Seconds, fitted by a line:", "", *lines] if lines else []
 
 
 def _ratios(samples: Sequence[SampleRow]) -> str:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.calibration.tiny import WORDS, build_model, save_model
 from vllm_eigen.benchmarks.quality import calibration, calibration_cost, calibration_samples
+from vllm_eigen.benchmarks.quality.calibration_cost import CostRow
+from vllm_eigen.benchmarks.quality.calibration_tables import markdown
 from vllm_eigen.common.errors import InputError
 
 
@@ -55,6 +57,17 @@ def test_one_command_makes_tables_plot_and_provenance(
     assert str(tmp_path) not in output.read_text()
     assert "| model | coded | 32 | 4 |" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_fit_says_how_far_off_it_is() -> None:
+    def row(layers: int, seconds: float) -> CostRow:
+        return CostRow("layers", layers, 8, 8, 1, layers, seconds, 1)
+
+    line = markdown([], [row(4, 7.0), row(8, 11.0), row(16, 19.0)])
+    assert "- by layers: 3.0 s + 1.00 s x layers, off by 0% at most" in line
+    bent = markdown([], [row(4, 4.0), row(8, 16.0), row(16, 64.0)])
+    assert "-20.0 s + 5.14 s x layers, off by 86% at most" in bent
+    assert "fitted" not in markdown([], [row(4, 7.0), row(8, 11.0)])
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
