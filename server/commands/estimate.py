@@ -9,6 +9,8 @@ import json
 
 from vllm_eigen.common.errors import UsageError
 
+_BLOCK_SIZES = {"cuda": 16, "cpu": 128}
+"""vLLM's own, by device."""
 HELP = "estimate the size and capacity of a model's KV cache, with and without compression"
 
 
@@ -39,7 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-model-len", type=int, metavar="N", help="tokens of a sequence (the model's maximum)"
     )
     parser.add_argument(
-        "--block-size", type=int, default=16, metavar="N", help="tokens per block (16; CPU: 128)"
+        "--device",
+        choices=tuple(_BLOCK_SIZES),
+        default="cuda",
+        help="where vLLM will run, which the next two depend on (default %(default)s)",
+    )
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens per block (16; on CPUs 128)"
+    )
+    parser.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="two steps at once (as vLLM has them on GPUs, and not on CPUs)",
     )
     parser.add_argument(
         "--max-num-batched-tokens",
@@ -47,12 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2048,
         metavar="N",
         help="tokens of a step, which sliding windows hold besides (2048)",
-    )
-    parser.add_argument(
-        "--async-scheduling",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="two steps at once, as vLLM has them on GPUs and not on CPUs",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
@@ -72,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is out of range; give 1 or more")
     memory = parse_size(args.memory)
+    on_gpu = args.device == "cuda"
+    two_steps = on_gpu if args.async_scheduling is None else args.async_scheduling
     result = estimate(
         read_config(args.model, args.revision),
         memory,
@@ -79,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
         kv_bits=args.kv_bits,
         kv_cache_dtype=args.kv_cache_dtype,
         max_model_len=args.max_model_len,
-        block_size=args.block_size,
-        in_flight=args.max_num_batched_tokens * (2 if args.async_scheduling else 1),
+        block_size=args.block_size or _BLOCK_SIZES[args.device],
+        in_flight=args.max_num_batched_tokens * (1 + two_steps),
         stored_bytes=weight_bytes(args.model, args.revision),
     )
     if args.json:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of mixed models in vLLM's own planner: groups, blocks and capacity are those foretold."""
+"""Pages of mixed models in vLLM's own planner: groups, blocks and capacity are those foretold.
+
+So is what `vllm-eigen estimate` says, of the model and of its base.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_eigen.checkpoint.config import LayerRanks
+from vllm_eigen.checkpoint.config import FORMAT_VERSION, EigenConfig, LayerRanks
+from vllm_eigen.checkpoint.estimate import estimate
+from vllm_eigen.checkpoint.modes import KeyMode, Projections
 
 HEAD, WINDOW = 64, 512
+MODEL: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "hidden_size": 64,
+    "head_dim": HEAD,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+    "dtype": "bfloat16",
+    "sliding_window": WINDOW,
+}
 
 
 def configuration(max_model_len: int, in_flight: int, block_size: int) -> Any:
@@ -100,6 +115,39 @@ def test_capacity_is_vllm_s(
     assert planned.num_blocks == memory // pages.block_bytes
     found = get_max_concurrency_for_kv_cache_config(config, planned)
     assert found == planned.num_blocks / pages.sequence_blocks
+    kept_layers = tuple(range(kept))
+    model = {
+        **MODEL,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "num_hidden_layers": kept + len(layers),
+        "layer_types": ["sliding_attention"] * kept + ["full_attention"] * len(layers),
+    }
+    eigen = EigenConfig(
+        format_version=FORMAT_VERSION,
+        key_mode=KeyMode.PRE_ROPE,
+        projections=Projections.VALUES_FOLDED,
+        method="made up",
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_size=HEAD,
+        layers=layers,
+        kept_layers=kept_layers,
+        provenance={},
+    )
+    options: dict[str, Any] = {
+        "max_model_len": max_model_len,
+        "in_flight": in_flight,
+        "block_size": block_size,
+        "stored_bytes": 0,  # the whole memory is the pool
+    }
+    compressed = {**model, "eigen": eigen.model_dump(mode="json")}
+    assert estimate(compressed, memory, **options).compressed.sequences == found
+    full = FullAttentionSpec(block_size=block_size, head_size=HEAD, **common)
+    base = {name: full if name.startswith("compressed") else specs[name] for name in specs}
+    (planned_base,) = get_kv_cache_configs(config, [base], [memory])
+    of_base = get_max_concurrency_for_kv_cache_config(config, planned_base)
+    assert estimate(model, memory, **options).uncompressed.sequences == of_base
     together = {name for group in planned.kv_cache_groups for name in group.layer_names}
     assert together == set(specs)
     for group in planned.kv_cache_groups:

@@ -43,13 +43,23 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "in_flight"),
-    [([], 4096), (["--no-async-scheduling"], 2048), (["--max-num-batched-tokens", "512"], 1024)],
+    ("options", "block_size", "in_flight"),
+    [
+        ([], 16, 4096),
+        (["--no-async-scheduling"], 16, 2048),
+        (["--device", "cpu"], 128, 2048),
+        (["--device", "cpu", "--max-num-batched-tokens", "512", "--block-size", "32"], 32, 512),
+    ],
 )
-def test_steps_at_once_hold_their_tokens(
-    options: list[str], in_flight: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_where_vllm_runs(
+    options: list[str],
+    block_size: int,
+    in_flight: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GEMMA_270M))
     assert cli.main(["estimate", str(tmp_path), "--memory", "4GiB", "--json", *options]) == 0
     found = json.loads(capsys.readouterr().out)["compressed"]["sequences"]
-    assert found == estimate(GEMMA_270M, 4 << 30, in_flight=in_flight).compressed.sequences
+    expected = estimate(GEMMA_270M, 4 << 30, in_flight=in_flight, block_size=block_size)
+    assert found == expected.compressed.sequences
