@@ -71,7 +71,8 @@ FAMILIES = """
 
 Their attention is made of what the tables above prove. The engine runs the machine's own kernels
 here, on one compressed layer. What depends on the family alone is shown for one of its rows, and
-two ranks for what is split in a way of its own.
+two ranks for what is split in a way of its own. [All of them on two ranks and
+compiled](../benchmarks/results/engine/families.md) were run once.
 
 """
 
