@@ -24,7 +24,7 @@ KEY = "sk-test-key"
 ROOT_PATH = "/prefix"
 NAME = "tiny"
 MAX_MODEL_LEN = served_model.MAX_POSITIONS
-POOL_BYTES = 48 << 20
+POOL_BYTES = 16 << 20
 START_SECONDS = 240.0
 DRAIN_SECONDS = 120
 """Enough for a long answer where the machine has other work."""

@@ -23,7 +23,7 @@ STREAMED = {
     "ignore_eos": True,
     "stream_options": {"include_usage": True, "continuous_usage_stats": True},
 }
-TOKENS = 1800
+TOKENS = 1500
 """Enough to be generating still when the late request comes."""
 READY_SECONDS = 10
 """Within which `/ready` fails on a machine with other work; it is well below one on an idle one."""

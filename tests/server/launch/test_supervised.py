@@ -76,7 +76,7 @@ async def load(client: httpx.AsyncClient, first: asyncio.Event) -> str:
 async def stream(client: httpx.AsyncClient, first: asyncio.Event) -> str:
     """Follow a long answer; returns how it ended: `whole`, `error event`, `cut` or an exception."""
     body = {
-        "model": NAME, "prompt": [9] * 20, "max_tokens": 1900, "ignore_eos": True, "stream": True,
+        "model": NAME, "prompt": [9] * 20, "max_tokens": 1200, "ignore_eos": True, "stream": True,
         "temperature": 0,
     }  # fmt: skip
     seen = "cut"
