@@ -173,7 +173,7 @@ def _foretold(
 def _pool(config: dict[str, Any], dtype: str, length: int) -> int:
     """Bytes of `POOL` sequences of full length."""
     if dtype == "auto":
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+        dtype = "bfloat16"  # or another of two bytes: vLLM reads float32 models so, too
     large = 1 << 60
     sequences = _foretold(config, dtype, large, length, asked.CHUNK).compressed.sequences
     return math.ceil(asked.POOL * large / sequences)
@@ -274,14 +274,14 @@ def _logits(model: Any, answer: Answer) -> torch.Tensor:
     """The reference's logits [tokens, vocabulary] where the engine picked its tokens."""
     ids = torch.tensor([[*answer.prompt, *answer.tokens[:-1]]], device=model.device)
     with torch.no_grad():
-        found: torch.Tensor = model(ids).logits[0, len(answer.prompt) - 1 :].double().cpu()
+        found: torch.Tensor = model(ids).logits[0, len(answer.prompt) - 1 :].cpu()
     return found
 
 
 def _errors(found: Sequence[dict[int, float]], expected: torch.Tensor) -> Iterator[float]:
     """Norm of the difference relative to the norm of the reference's logits, a position each."""
     for row, logits in zip(found, expected, strict=True):
-        wanted = logits[list(row)]
+        wanted = logits[list(row)].double()
         difference = torch.tensor(list(row.values()), dtype=torch.float64) - wanted
         error = float(difference.norm() / wanted.norm())
         yield error if math.isfinite(error) else math.inf

@@ -120,7 +120,13 @@ def test_calibrate_and_push(
     """A base model of the hub brings its licence and its commit."""
     commit = "0123456789abcdef"
     model = make_model(name=commit)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(model))
+    asked: list[str | None] = []
+
+    def download(*_: Any, revision: str | None, **__: Any) -> str:
+        asked.append(revision)
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     fake.licences["owner/base"] = {}
     arguments: tuple[Any, ...] = ("owner/base", "--text", text_file, "--kv-ratio", 0.5, *SMALL)
     arguments += ("--push", REPOSITORY, "--output", tmp_path / "out")
@@ -139,3 +145,8 @@ def test_calibrate_and_push(
     config = fake.files[REPOSITORY]["config.json"].decode()
     assert f'"commit": "{commit}"' in config
     assert "--push" not in config
+    # On another machine the evaluation reads the same commit.
+    monkeypatch.setenv("EIGEN_CACHE", str(tmp_path / "cache"))
+    assert set(asked) == {None}
+    status, _, error = command("evaluate", tmp_path / "out", "--text", text_file, "--json")
+    assert (status, asked[-1]) == (0, commit), error
