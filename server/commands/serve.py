@@ -29,6 +29,7 @@ from vllm_eigen.server.launch.checks import (
 )
 from vllm_eigen.server.launch.environment import check_server_environment
 from vllm_eigen.server.launch.flags import check_flags
+from vllm_eigen.server.launch.model_files import check_hub
 
 logger = logging.getLogger("vllm.eigen")
 
@@ -170,6 +171,7 @@ def prepare(parsed: argparse.Namespace) -> None:
     """
     model = parsed.model_tag or parsed.model
     check_model(model, parsed.kv_cache_dtype)
+    check_hub(model, parsed.revision, parsed.hf_token)
     apply_bases(parsed, model)
     one_device = parsed.tensor_parallel_size == parsed.pipeline_parallel_size == 1
     if one_device and parsed.dtype == "auto" and (parsed.max_model_len or 1) > 0:

@@ -7,12 +7,13 @@ No weights are loaded; from the hub only the JSON files are fetched.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from vllm_eigen.checkpoint.config import CONFIG_FILE
 from vllm_eigen.common.errors import InputError, UsageError
-from vllm_eigen.common.hub import hub_error, is_offline
+from vllm_eigen.common.hub import hub_error, is_hub_id, is_offline
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -72,16 +73,47 @@ def _total_size(index: dict[str, Any]) -> int | None:
     return int(size) if isinstance(size, int | float) else None
 
 
+def check_hub(model: str, revision: str | None, token: str | bool | None) -> None:
+    """Refuse a hub model that cannot be had, before vLLM tries; what else it may lack is vLLM's.
+
+    Args:
+        revision, token: as vLLM's `--revision` and `--hf-token`.
+
+    Raises:
+        InputError: it is gated, absent or not cached, or has no such revision.
+    """
+    if not is_hub_id(model) or is_local(model) or os.environ.get("VLLM_USE_MODELSCOPE"):
+        return
+    from huggingface_hub import constants, hf_hub_download
+
+    if (
+        is_offline()
+        and Path(constants.HF_HUB_CACHE, f"models--{model.replace('/', '--')}").is_dir()
+    ):
+        return
+    try:
+        hf_hub_download(model, CONFIG_FILE, revision=revision, token=token)
+    except Exception as error:
+        if not _is_no_such_file(error):
+            raise hub_error(error, model, revision) from error
+
+
 def _fetch(model: str, name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         return Path(hf_hub_download(model, name, revision=revision))
     except Exception as error:
-        if isinstance(error, EntryNotFoundError) and not is_offline():
-            raise InputError(f"{model} of the Hugging Face hub has no {name}") from error
+        if _is_no_such_file(error):
+            raise InputError(f"{model!r} of the Hugging Face hub has no {name}") from error
         raise hub_error(error, model, revision) from error
+
+
+def _is_no_such_file(error: Exception) -> bool:
+    """Whether the hub has the repository, and no such file in it."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from vllm_eigen import cli
+from vllm_eigen.common.errors import InputError
 from vllm_eigen.common.hub import is_hub_id
+from vllm_eigen.server.launch.model_files import check_hub
 
 errors = pytest.importorskip("huggingface_hub.errors")
 REPOSITORY = "owner/model"
@@ -77,6 +79,27 @@ def test_a_model_of_the_hub(
     [line] = capsys.readouterr().err.splitlines()
     assert all(part in line for part in (REPOSITORY, *wanted))
     assert asked == ["v9"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_served_model(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`serve` asks before vLLM does, and leaves to it what a repository has instead of a file."""
+    make, wanted, is_offline = CASES[case]
+    failure = make()
+
+    def refuse(*_: Any, revision: str | None, token: str | None) -> str:
+        assert (revision, token) == ("v9", "secret")
+        raise failure
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", is_offline)
+    with pytest.raises(InputError) as found:
+        check_hub(REPOSITORY, "v9", "secret")
+    assert all(part in str(found.value) for part in (REPOSITORY, *wanted))
+    failure = answered("RemoteEntryNotFoundError", 404)
+    check_hub(REPOSITORY, "v9", "secret")
+    check_hub(str(tmp_path), None, None)
 
 
 @pytest.mark.parametrize("command", ["calibrate", "estimate"])
