@@ -2,16 +2,20 @@
 """Corrections to Triton's interpreter (TRITON_INTERPRET=1), so that it computes what a GPU would.
 
 Triton 3.9's interpreter multiplies bfloat16 operands by their bit patterns and loses the carry when
-it rounds to a narrower type. Only tests run kernels in the interpreter.
+it rounds to a narrower type, and has no inline assembly, which `ptx.py` evaluates. Only tests run
+kernels in the interpreter.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import triton.language as tl
+
+from tests.kernels.gpu.ptx import evaluate
 
 _TORCH_DTYPES = {
     tl.float32: torch.float32,
@@ -20,11 +24,12 @@ _TORCH_DTYPES = {
     tl.float8e4nv: torch.float8_e4m3fn,
     tl.float8e5: torch.float8_e5m2,
 }
+_NUMPY = {tl.bfloat16: np.uint16, tl.float16: np.float16, tl.int32: np.int32}
 _BITS = {8: (np.uint8, torch.uint8), 16: (np.uint16, torch.int16), 32: (np.uint32, torch.int32)}
 
 
 def repair_interpreter() -> None:
-    """Replace the two faulty functions of the interpreter; a second call does nothing."""
+    """Replace two faulty functions of the interpreter, and add one; a second call does nothing."""
     from triton.runtime import interpreter
 
     builder: Any = interpreter.InterpreterBuilder
@@ -49,6 +54,22 @@ def repair_interpreter() -> None:
         ]
         return dot(self, *wide, *rest)
 
+    def create_inline_asm(
+        self: Any, asm: str, constraints: str, values: Any, types: Any, is_pure: bool, pack: int
+    ) -> Any:
+        """Code of one operand and one result, both of 32 bits: of one number, or two of 16 bits."""
+        [operand], [result] = values, types
+        assert is_pure
+        assert constraints == "=r,r"
+        data = np.ascontiguousarray(operand.data)
+        assert pack * data.itemsize == 4
+        found = evaluate(asm, data.reshape(-1).view(np.uint32))
+        scalar = result.scalar
+        found = found.view(_NUMPY[scalar]).reshape(data.shape)
+        made = interpreter.TensorHandle(found, scalar)
+        return SimpleNamespace(get_result=lambda _: made)
+
     interpreter._convert_float = convert_float
+    builder.create_inline_asm = create_inline_asm
     builder.create_dot = create_dot
     builder.repaired_by_vllm_eigen = True

@@ -34,6 +34,7 @@ from vllm_eigen.kernels.gpu.tiles import (
     fit,
     fit_decode,
     padded_pairs,
+    reads_shared,
 )
 from vllm_eigen.kernels.gpu.warm_up import warm_up
 from vllm_eigen.kernels.gpu.workspace import Workspace
@@ -80,7 +81,7 @@ class GpuKernels:
             if rotary not in self._rotary:
                 self._rotary[rotary] = pack_rotary(rotary)
             rows = layer.rank_k if layer.is_coded else sizes.padding.key
-            packed = pack(reconstruction, self._rotary[rotary], layer.dtype, rows)
+            packed = pack(reconstruction, self._rotary[rotary], _basis_dtype(layer), rows)
         shape = _shape(layer, sizes.padding)
         if packed is not None and layer.key_code:
             packed = by_planes(packed, layer.key_code, key_tiles(sizes.padding))
@@ -98,6 +99,7 @@ class GpuKernels:
             ),
             packed=packed,
             workspace=self.workspace,
+            reads_shared=reads_shared(self._shared_bytes),
         )
 
     def reserve(self, limits: Limits, layers: Sequence[PreparedLayer]) -> None:
@@ -134,6 +136,11 @@ class GpuKernels:
             *(tuning.decode_coded, tuning.decode_coded_reconstruct),
         )
         return max(self.tuning.decode_split, needed, *(tile.block_n for tile in tiles))
+
+
+def _basis_dtype(layer: LayerSpec) -> torch.dtype:
+    """That of latents as operands of a product: e4m3 is made float16 sooner than bfloat16."""
+    return torch.float16 if layer.is_fp8 and layer.dtype.itemsize == 2 else layer.dtype
 
 
 def _shape(layer: LayerSpec, padding: Padding) -> Shape:

@@ -37,6 +37,7 @@ class GpuLayer:
     decode, prefill: the tiles of the two kernels; a decode program serves decode_heads query heads.
     packed: None where keys are not reconstructed.
     workspace: all layers' of a device, which run one after the other.
+    reads_shared: whether products take operands from shared memory, as of capability 9.0.
     """
 
     spec: LayerSpec
@@ -48,6 +49,7 @@ class GpuLayer:
     prefill: Tile
     packed: PackedReconstruction | None
     workspace: Workspace
+    reads_shared: bool
 
     def write_cache(
         self,
@@ -241,6 +243,8 @@ class GpuLayer:
             "is_decode": is_decode,
             "max_decode": call.max_decode,
             "swap_ab": tile.swap_ab,
+            # Addresses of many operands in shared memory, and angles, would not fit the registers.
+            "hoists": not (self.reads_shared and is_decode and packed is not None),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "precision": precision(call.query.dtype),

@@ -86,6 +86,11 @@ class Shape:
     element_size: int
 
 
+def reads_shared(shared_bytes: int) -> bool:
+    """Whether products take operands from shared memory: on devices with so much of it."""
+    return shared_bytes >= HOPPER_SHARED_BYTES
+
+
 def rank_chunks(rank: int) -> tuple[int, int]:
     """Split a rank into two powers of two (the second may be 0): 77 is 64 + 16, not 128."""
     whole = max(MIN_DOT, triton.next_power_of_2(rank))
@@ -113,11 +118,16 @@ def fit(tile: Tile, heads: int, shape: Shape, shared_bytes: int) -> Tile:
     """
     least_m = padded(heads)
     block_m = max(tile.block_m, least_m)
-    is_large = shape.widest > 128 or block_m > 64 or heads > shape.heads_per_reconstructed
+    is_large = block_m > 64 or heads > shape.heads_per_reconstructed
+    # Transposed, four warps multiply 64 keys; more would hold them twice.
+    is_large |= shape.widest > 128 and not tile.swap_ab
+    # More in flight would take them from wide keys, and from numbers that are converted.
+    takes_registers = shape.columns > 128 or shape.columns > 0 and shape.operands > 0
     tile = replace(
         tile,
         block_m=block_m,
         num_warps=max(tile.num_warps, 8 if is_large else 1),
+        num_stages=min(tile.num_stages, 3) if takes_registers else tile.num_stages,
         swap_ab=tile.swap_ab and block_m < 64,
     )
     while _shared_bytes(tile, heads, shape) > shared_bytes:

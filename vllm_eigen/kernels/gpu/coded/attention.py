@@ -34,6 +34,8 @@ from vllm_eigen.kernels.gpu.plain.reconstruct import (
     load_in_tile,
     load_pairs,
     rotate,
+    rotated_query,
+    unpacked_cos_sin,
 )
 from vllm_eigen.kernels.gpu.tile_steps import (
     LOG2E,
@@ -109,6 +111,7 @@ def coded_attention_kernel(
     is_decode: tl.constexpr,
     max_decode: tl.constexpr,
     swap_ab: tl.constexpr,
+    hoists: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     precision: tl.constexpr,
@@ -183,7 +186,7 @@ def coded_attention_kernel(
                 ),
             )
             if relative:
-                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N),)
+                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N, dtype),)
         if rest > 0:
             pass_at = rotary_dim + tl.arange(0, rest)[None, :]
             q_pass = tl.load(query_row + pass_at, mask=valid & (pass_at < head_size), other=0.0)
@@ -207,7 +210,8 @@ def coded_attention_kernel(
     unit_stride_block = cache_stride_block // 2
     table = block_table + sequence.to(tl.int64) * table_stride
 
-    for start in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
+    first = begin // BLOCK_N * BLOCK_N
+    for start in tl.range(first, end, BLOCK_N, disable_licm=not hoists):
         key_at = start + tl.arange(0, BLOCK_N)
         key_valid = (key_at >= begin) & (key_at < end)
         # Whole groups of tokens are read: they are in one block, which some row sees.
@@ -230,12 +234,11 @@ def coded_attention_kernel(
             key_scale = _token_scales(key_scales + at, key_valid, key_scaled)
             for c in tl.static_range(half // pairs):
                 pair = c * pairs + tl.arange(0, pairs)[None, :]
-                q_tile = q_rotary[c]
+                start_row = start // tile_start_step * (2 * half) + pair
+                start_row = start_row, start_row + half
+                q_tile = rotated_query(q_rotary[c], tile_start_cos_sin, start_row, relative, dtype)
                 if relative:
-                    start_row = tile_start_cos_sin + start // tile_start_step * (2 * half) + pair
-                    start_cos, start_sin = tl.load(start_row), tl.load(start_row + half)
-                    q_tile = rotate(q_tile.to(tl.float32), start_cos, -start_sin).to(dtype)
-                    cos, sin = cos_sin[c]
+                    cos, sin = unpacked_cos_sin(cos_sin[c], dtype)
                 else:
                     table_row = rotary_table + key_at[:, None] * rotary_dim + pair
                     in_table = key_valid[:, None] & (pair < rotary_dim // 2)

@@ -27,6 +27,8 @@ from vllm_eigen.kernels.gpu.plain.reconstruct import (
     load_pairs,
     reconstruct_columns,
     rotate,
+    rotated_query,
+    unpacked_cos_sin,
 )
 from vllm_eigen.kernels.gpu.tile_steps import (
     LOG2E,
@@ -99,6 +101,7 @@ def paged_attention_kernel(
     is_decode: tl.constexpr,
     max_decode: tl.constexpr,
     swap_ab: tl.constexpr,
+    hoists: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     precision: tl.constexpr,
@@ -119,6 +122,9 @@ def paged_attention_kernel(
     width = rank_k + rank_v
     num_tiles: tl.constexpr = num_heads // heads_per_tile
     dtype: tl.constexpr = query.dtype.element_ty
+    # float16 holds e4m3: one instruction for two numbers, where bfloat16 takes five.
+    value_dtype: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
+    key_dtype: tl.constexpr = value_dtype if reconstruct else dtype
     head_tile = tl.program_id(0) % num_tiles
     q_block = tl.program_id(0) // num_tiles
 
@@ -195,7 +201,7 @@ def paged_attention_kernel(
                 ),
             )
             if relative:
-                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N),)
+                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N, dtype),)
         if rest > 0:
             pass_at = rotary_dim + tl.arange(0, rest)[None, :]
             q_pass = tl.load(query_row + pass_at, mask=valid & (pass_at < head_size), other=0.0)
@@ -215,8 +221,8 @@ def paged_attention_kernel(
         q_head = tl.load(query_row + dim_k, mask=valid & (dim_k < rank_k), other=0.0)
         if k_tail > 0:
             q_tail = tl.load(query_row + dim_k_tail, mask=valid & (dim_k_tail < rank_k), other=0.0)
-        if is_fp8:
-            scale *= k_scale
+    if is_fp8 and offset is None:
+        scale *= k_scale
     slope = 0.0
     if slopes is not None:
         slope = tl.load(slopes + head, mask=row_valid, other=0.0)[:, None] * LOG2E
@@ -229,7 +235,8 @@ def paged_attention_kernel(
     kv_head_cache = cache + (head_tile // tiles_per_latent).to(tl.int64) * cache_stride_head
     table = block_table + sequence.to(tl.int64) * table_stride
 
-    for start in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
+    first = begin // BLOCK_N * BLOCK_N
+    for start in tl.range(first, end, BLOCK_N, disable_licm=not hoists):
         key_at = start + tl.arange(0, BLOCK_N)
         key_valid = (key_at >= begin) & (key_at < end)
         if block_size % BLOCK_N == 0:
@@ -242,22 +249,20 @@ def paged_attention_kernel(
             latents = kv_head_cache + tokens[:, None]
         key_mask = key_valid[:, None]
 
-        keys = _load_latents(latents, dim_k, key_mask, rank_k).to(query.dtype.element_ty)
+        keys = _load_latents(latents, dim_k, key_mask, rank_k, key_dtype)
         keys_tail = keys
         if k_tail > 0:
-            keys_tail = _load_latents(latents, dim_k_tail, key_mask, rank_k)
-            keys_tail = keys_tail.to(query.dtype.element_ty)
+            keys_tail = _load_latents(latents, dim_k_tail, key_mask, rank_k, key_dtype)
 
         logits = tl.zeros([BLOCK_N, BLOCK_M] if swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
         if reconstruct:
             for c in tl.static_range(half // pairs):
                 pair = c * pairs + tl.arange(0, pairs)[None, :]
-                q_tile = q_rotary[c]
+                start_row = start // tile_start_step * (2 * half) + pair
+                start_row = start_row, start_row + half
+                q_tile = rotated_query(q_rotary[c], tile_start_cos_sin, start_row, relative, dtype)
                 if relative:
-                    start_row = tile_start_cos_sin + start // tile_start_step * (2 * half) + pair
-                    start_cos, start_sin = tl.load(start_row), tl.load(start_row + half)
-                    q_tile = rotate(q_tile.to(tl.float32), start_cos, -start_sin).to(dtype)
-                    cos, sin = cos_sin[c]
+                    cos, sin = unpacked_cos_sin(cos_sin[c], dtype)
                 else:
                     table_row = rotary_table + key_at[:, None] * rotary_dim + pair
                     in_table = key_mask & (pair < rotary_dim // 2)
@@ -340,14 +345,12 @@ def paged_attention_kernel(
             has_cap,
             window,
         )
-        probs = probs.to(query.dtype.element_ty)
+        probs = probs.to(value_dtype)
         # Not before keys are done with: both would not fit the registers.
-        values = _load_latents(latents + rank_k, dim_v, key_mask, rank_v)
-        values = values.to(query.dtype.element_ty)
+        values = _load_latents(latents + rank_k, dim_v, key_mask, rank_v, value_dtype)
         acc = add_values(acc, probs, tl.trans(values), alpha, swap_ab, precision)
         if v_tail > 0:
-            more = _load_latents(latents + rank_k, dim_v_tail, key_mask, rank_v)
-            more = more.to(query.dtype.element_ty)
+            more = _load_latents(latents + rank_k, dim_v_tail, key_mask, rank_v, value_dtype)
             acc_tail = add_values(acc_tail, probs, tl.trans(more), alpha, swap_ab, precision)
 
     if swap_ab:
@@ -377,6 +380,7 @@ def paged_attention_kernel(
 
 
 @triton.jit
-def _load_latents(latents, dim, valid, rank):
+def _load_latents(latents, dim, valid, rank, dtype: tl.constexpr):
     """One chunk of a tile's latents `[BLOCK_N, chunk]`, zero where not valid or past the rank."""
-    return tl.load(latents + dim, mask=valid & (dim < rank), other=0.0)
+    loaded = tl.load(latents + dim, mask=valid & (dim < rank), other=0.0)
+    return loaded.to(dtype)

@@ -114,23 +114,94 @@ def _pad_table(table: torch.Tensor, rows: int, half: int) -> torch.Tensor:
 
 
 @triton.jit
+def _pack_halves(low, high):
+    """Two tensors of 16-bit numbers in one of int32.
+
+    What stays in registers through a loop takes half of them so: two separate numbers of 16 bits
+    take one register each.
+    """
+    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    packed = (high.to(tl.int16, bitcast=True).to(tl.int32) << 16) | low
+    # The compiler would look through it and keep the two.
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [packed], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _unpack_halves(packed, dtype: tl.constexpr):
+    """What `_pack_halves` packed."""
+    low = packed.to(tl.int16).to(dtype, bitcast=True)
+    return low, (packed >> 16).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
 def load_pairs(query_row, pair, valid, num_pairs: tl.constexpr, is_neox: tl.constexpr):
-    """RoPE pairs of queries side by side, `[BLOCK_M, 2 * pairs]`, 0 where there are none."""
-    rows: tl.constexpr = valid.shape[0]
-    pairs: tl.constexpr = pair.shape[1]
+    """RoPE pairs of queries, twice `[BLOCK_M, pairs]`, 0 where there are none; 16-bit ones packed
+    in one."""
     x_at = pair if is_neox else 2 * pair
     y_at = pair + num_pairs if is_neox else 2 * pair + 1
     mask = valid & (pair < num_pairs)
     x = tl.load(query_row + x_at, mask=mask, other=0.0)
     y = tl.load(query_row + y_at, mask=mask, other=0.0)
+    if x.dtype.primitive_bitwidth == 16:
+        loaded = (_pack_halves(x, y),)
+    else:
+        loaded = (x, y)
+    return loaded
+
+
+@triton.jit
+def side_by_side(x, y):
+    """Both coordinates of pairs, `[rows, 2 * pairs]`."""
+    rows: tl.constexpr = x.shape[0]
+    pairs: tl.constexpr = x.shape[1]
     return tl.reshape(tl.join(x, y), [rows, 2 * pairs])
 
 
 @triton.jit
-def load_in_tile(table, pair, half: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Cosines and sines `[BLOCK_N, pairs]` of pairs of `PackedRotary.in_tile`."""
+def rotated_query(loaded, tile_start_cos_sin, row, relative: tl.constexpr, dtype: tl.constexpr):
+    """Queries `[BLOCK_M, 2 * pairs]`, from `load_pairs`; turned back by a tile's start if relative.
+
+    row: of the tile's start in the table, one for cosines and one for sines.
+    """
+    if dtype.primitive_bitwidth == 16:
+        x, y = _unpack_halves(loaded[0], dtype)
+    else:
+        x, y = loaded
+    if relative:
+        cos = tl.load(tile_start_cos_sin + row[0])
+        sin = tl.load(tile_start_cos_sin + row[1])
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        x, y = (x * cos + y * sin).to(dtype), (y * cos - x * sin).to(dtype)
+    return side_by_side(x, y)
+
+
+@triton.jit
+def load_in_tile(table, pair, half: tl.constexpr, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
+    """Cosines and sines `[BLOCK_N, pairs]` of pairs of `PackedRotary.in_tile`.
+
+    For queries of 16 bits they are float16 and packed. Their error of 2^-12 is that of float16 keys
+    and an eighth of that of bfloat16 keys.
+    """
     at = table + tl.arange(0, BLOCK_N)[:, None] * (2 * half) + pair
-    return tl.load(at), tl.load(at + half)
+    cos, sin = tl.load(at), tl.load(at + half)
+    if dtype.primitive_bitwidth == 16:
+        loaded = (_pack_halves(cos.to(tl.float16), sin.to(tl.float16)),)
+    else:
+        loaded = (cos, sin)
+    return loaded
+
+
+@triton.jit
+def unpacked_cos_sin(loaded, dtype: tl.constexpr):
+    """Cosines and sines in float32, from `load_in_tile`."""
+    if dtype.primitive_bitwidth == 16:
+        cos, sin = _unpack_halves(loaded[0], tl.float16)
+        cos, sin = cos.to(tl.float32), sin.to(tl.float32)
+    else:
+        cos, sin = loaded
+    return cos, sin
 
 
 @triton.jit
@@ -167,8 +238,7 @@ def rotate(pairs, cos, sin):
     rows: tl.constexpr = pairs.shape[0]
     half: tl.constexpr = pairs.shape[1] // 2
     x, y = tl.split(tl.reshape(pairs, [rows, half, 2]))
-    rotated = tl.join(x * cos - y * sin, y * cos + x * sin)
-    return tl.reshape(rotated, [rows, 2 * half])
+    return side_by_side(x * cos - y * sin, y * cos + x * sin)
 
 
 @triton.jit
@@ -205,7 +275,8 @@ def reconstruct_columns(
     product = tl.dot(keys, basis, input_precision=precision)
     if has_tail:
         product = tl.dot(keys_tail, basis_tail, product, input_precision=precision)
-    if is_fp8:
+    if is_fp8 and has_offset:
+        # Without, it multiplies the scores.
         product *= k_scale
     if has_offset:
         product += offset
