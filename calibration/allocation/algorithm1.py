@@ -24,10 +24,11 @@ ErrorFunction = Callable[[float], float]
 """A layer's relative output error at a threshold."""
 
 
-def rank_at(basis: Basis, threshold: float) -> int:
+def rank_at(basis: Basis, threshold: float, multiple: int = 1) -> int:
     """Directions until the normalised cumulative singular values reach `threshold`.
 
-    The maximum over the layer's heads, at least 1; 1.0 gives the full rank.
+    The maximum over the layer's heads, at least 1, up to the next `multiple` or the full rank;
+    1.0 gives the full rank.
     """
     if threshold >= 1:
         return basis.full_rank
@@ -36,12 +37,13 @@ def rank_at(basis: Basis, threshold: float) -> int:
     share = singular.cumsum(-1) / total.clamp(min=1e-300)
     needed = (share < threshold).sum(-1) + 1
     needed[total[:, 0] <= 0] = 1
-    return int(needed.max().clamp(max=basis.full_rank))
+    return min(-(-int(needed.max()) // multiple) * multiple, basis.full_rank)
 
 
-def ranks_at(bases: LayerBases, threshold: float) -> LayerRanks:
-    """Ranks of keys and values of a layer at one threshold."""
-    return LayerRanks(rank_k=rank_at(bases.key, threshold), rank_v=rank_at(bases.value, threshold))
+def ranks_at(bases: LayerBases, threshold: float, multiple: int = 1) -> LayerRanks:
+    """Ranks of keys and values of a layer at one threshold, rounded up to a `multiple`."""
+    key, value = (rank_at(basis, threshold, multiple) for basis in (bases.key, bases.value))
+    return LayerRanks(rank_k=key, rank_v=value)
 
 
 def algorithm_1(error_at: ErrorFunction, budget: float) -> ErrorCurve:
@@ -64,7 +66,10 @@ def error_grid(error_at: ErrorFunction) -> ErrorCurve:
 
 
 def budget_for_ratio(
-    bases: Sequence[LayerBases], curves: Sequence[ErrorCurve], kv_ratio: float
+    bases: Sequence[LayerBases],
+    curves: Sequence[ErrorCurve],
+    kv_ratio: float,
+    multiple: int = 1,
 ) -> tuple[float, list[float]]:
     """The error budget whose ranks come closest to `kv_ratio`, and its threshold per layer.
 
@@ -79,7 +84,8 @@ def budget_for_ratio(
 
     def ratio(budget: float) -> float:
         return kv_ratio_of(
-            [ranks_at(*pair) for pair in zip(bases, thresholds(budget), strict=True)], bases
+            [ranks_at(*pair, multiple) for pair in zip(bases, thresholds(budget), strict=True)],
+            bases,
         )
 
     low, high = 0.0, max(max(curve.errors) for curve in curves) + 1e-9

@@ -107,21 +107,26 @@ def allocate(
         return Allocation(tuple(read_ranks(target.rank_file, bases)), "file")
     if target.full_rank:
         return Allocation(tuple(ranks_at(item, 1.0) for item in bases), "full")
+    smallest = min(basis.full_rank for item in bases for basis in (item.key, item.value))
+    multiple = target.multiple_for(smallest)
     if target.kv_ratio is not None and rule is RankRule.FORETOLD:
-        return Allocation(tuple(allocate_ranks(foretold_losses(bases), target.kv_ratio)), rule)
+        ranks = allocate_ranks(foretold_losses(bases), target.kv_ratio, multiple)
+        return Allocation(tuple(ranks), rule)
     if target.kv_ratio is not None and rule.measures_losses:
         curves = tuple(loss_curves())
-        ranks = allocate_ranks(measured_losses(bases, curves), target.kv_ratio)
+        ranks = allocate_ranks(measured_losses(bases, curves), target.kv_ratio, multiple)
         return Allocation(tuple(ranks), rule, loss_curves=curves)
     errors = [layer.errors for layer in layers if layer.errors is not None]
     if target.kv_ratio is not None:
-        budget, thresholds = budget_for_ratio(bases, errors, target.kv_ratio)
+        budget, thresholds = budget_for_ratio(bases, errors, target.kv_ratio, multiple)
     else:
         budget = target.error_budget or 0.0
         thresholds = [curve.thresholds[-1] for curve in errors]
     pairs = list(zip(errors, thresholds, strict=True))
     return Allocation(
-        tuple(ranks_at(item, level) for item, level in zip(bases, thresholds, strict=True)),
+        tuple(
+            ranks_at(item, level, multiple) for item, level in zip(bases, thresholds, strict=True)
+        ),
         RankRule.ALGORITHM_1,
         Thresholds(budget, tuple(thresholds), tuple(curve.error_at(x) for curve, x in pairs)),
     )

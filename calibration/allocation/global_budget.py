@@ -37,24 +37,31 @@ def foretold_losses(bases: Sequence[LayerBases]) -> list[tuple[Loss, Loss]]:
     return [(item.key.loss.numpy(), item.value.loss.numpy()) for item in bases]
 
 
-def allocate_ranks(layers: Sequence[tuple[Loss, Loss]], kv_ratio: float) -> list[LayerRanks]:
-    """Ranks of least total loss whose sum is `kv_ratio` of the full one, rounded to a rank.
+def allocate_ranks(
+    layers: Sequence[tuple[Loss, Loss]], kv_ratio: float, multiple: int = 1
+) -> list[LayerRanks]:
+    """Ranks of least total loss whose sum is `kv_ratio` of the full one, rounded to a multiple.
 
     Args:
         layers: losses of the keys and of the values of every layer.
+        multiple: what each rank is a multiple of, unless it is full.
 
     Raises:
-        UsageError: not even rank 1 everywhere is so small.
+        UsageError: not even the least rank everywhere is so small.
     """
     losses = [loss for pair in layers for loss in pair]
-    full = sum(len(loss) - 1 for loss in losses)
-    budget = round(kv_ratio * full)
+    # What is chosen from are multiples, and the full rank.
+    choices = [[*range(0, len(loss) - 1, multiple), len(loss) - 1] for loss in losses]
+    steps = sum(len(some) - 1 for some in choices)
+    budget = round(kv_ratio * steps)
     if budget < len(losses):
+        others = " or --rank-multiple 1" if multiple > 1 else ""
         raise UsageError(
-            f"--kv-ratio {kv_ratio:g} is below rank 1 in every layer; "
-            f"ask for at least {len(losses) / full:.3f}"
+            f"--kv-ratio {kv_ratio:g} is below rank {multiple} in every layer; "
+            f"ask for at least {len(losses) / steps:.3f}{others}"
         )
-    ranks = select_ranks(losses, budget)
+    chosen = select_ranks([loss[some] for loss, some in zip(losses, choices, strict=True)], budget)
+    ranks = [some[index] for some, index in zip(choices, chosen, strict=True)]
     pairs = zip(ranks[::2], ranks[1::2], strict=True)
     return [LayerRanks(rank_k=key, rank_v=value) for key, value in pairs]
 

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--ranks", type=Path, metavar="FILE", help="JSON list of [rank_k, rank_v] per layer"
     )
+    parser.add_argument(
+        "--rank-multiple",
+        type=int,
+        metavar="N",
+        help="16-bit ranks are multiples of it (default 8, with heads below 64: 1; for fp8: 16)",
+    )
     add_text_arguments(parser)
     parser.add_argument(
         "--samples", type=int, default=128, metavar="N", help="windows (default %(default)s)"
@@ -205,7 +211,9 @@ def run(args: argparse.Namespace) -> int:
         output=args.output,
         corpus=corpus_of(args),
         provenance=_record(sys.argv[1:]),
-        target=Target.of(args.kv_ratio, args.kv_bits, args.error_budget, args.ranks),
+        target=Target.of(
+            args.kv_ratio, args.kv_bits, args.error_budget, args.ranks, args.rank_multiple
+        ),
         samples=args.samples,
         length=args.seq_len,
         seed=args.seed,

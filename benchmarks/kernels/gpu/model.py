@@ -49,15 +49,16 @@ def run(args: argparse.Namespace) -> int:
     output = args.earlier
     if output is not None:
         try:
-            text = _markdown(read_json(output)["rows"])
+            text = _markdown(read_json(output))
         except (KeyError, TypeError) as error:
             raise InputError(f"this is no result of gpu-model: {error!r}") from error
     else:
         require(args, "output")
         output = args.output
         rows = [predicted(point) for point in timed(quick=False) if point.kv_heads < point.heads]
-        write_json(output, {"provenance": collect_provenance(), "gpu": asdict(H100), "rows": rows})
-        text = _markdown(rows)
+        document = {"provenance": collect_provenance(), "gpu": asdict(H100), "rows": rows}
+        write_json(output, document)
+        text = _markdown(document)
     write_text(output.with_suffix(".md"), text)
     print(text)
     return 0
@@ -127,8 +128,8 @@ def compiled(point: GpuPoint) -> tuple[Any, Geometry]:
     )
 
 
-def _markdown(rows: list[Row]) -> str:
-    """The table."""
+def _markdown(document: Row) -> str:
+    """The table of a result."""
     from vllm_eigen.benchmarks.kernels.gpu.bandwidth import H100
     from vllm_eigen.benchmarks.kernels.gpu.report import what
     from vllm_eigen.benchmarks.lib.markdown import table
@@ -151,13 +152,15 @@ def _markdown(rows: list[Row]) -> str:
             f"{row['full_milliseconds']:.3f}",
             f"{row['speedup']:.2f}",
         ]
-        for row in rows
+        for row in document["rows"]
     ]
+    version = document["provenance"]["packages"]["triton"]
     lines = [
         f"# The Triton kernels on one {H100.name}, predicted",
         "",
         "32 query and 8 KV heads of 128, queries of bfloat16. Registers, spilled bytes of a thread "
-        "and shared memory are those of the code compiled for compute capability 9.0; times are "
+        f"and shared memory are those of the code that Triton {version} compiles for compute "
+        "capability 9.0; times are "
         "those of a model of memory, matrix units, issued instructions and occupancy, and no GPU "
         "has run them. Full heads are read at 92 % of the memory's rate, or multiplied at 75 % of "
         "the matrix units'. "

@@ -30,15 +30,20 @@ CASES: dict[str, tuple[Any, ...]] = {
     "pre-rope partial fp8": (8, 4, 1, 48, 48, 80, 32, torch.bfloat16, torch.uint8),
     "pre-rope 256": (16, 8, 1, 144, 160, 256, 256, torch.bfloat16, torch.bfloat16),
     "pre-rope groups": (32, 4, 2, 128, 128, 128, 128, torch.bfloat16, torch.bfloat16),
+    "float32": (8, 8, 1, 128, 128, 0, 0, torch.float32, torch.float32),
+}
+# Compiled for decode alone.
+DECODED: dict[str, tuple[Any, ...]] = {
     "64": (32, 8, 1, 32, 32, 0, 0, torch.bfloat16, torch.bfloat16),
     "128": (32, 8, 1, 64, 80, 0, 0, torch.bfloat16, torch.bfloat16),
     "256": (16, 8, 1, 128, 192, 0, 0, torch.bfloat16, torch.bfloat16),
     "pre-rope 64": (32, 8, 1, 32, 48, 64, 64, torch.bfloat16, torch.bfloat16),
-    "float32": (8, 8, 1, 128, 128, 0, 0, torch.float32, torch.float32),
+    "pre-rope 256, 4 heads": (32, 8, 1, 128, 160, 256, 256, torch.bfloat16, torch.bfloat16),
+    "128 fp8": (32, 8, 1, 128, 128, 0, 0, torch.bfloat16, torch.uint8),
+    "pre-rope fp8": (32, 8, 1, 128, 128, 128, 128, torch.bfloat16, torch.uint8),
 }
-
-TYPICAL = ("64", "128", "256", "folded", "pre-rope", "pre-rope 64")
-"""Ranks of heads of 64, 128 and 256 that begin on 16 bytes."""
+WIDE = ("64", "128", "256", "folded", "pre-rope", "pre-rope 64", "pre-rope 256")
+"""16-bit ranks of heads of 64, 128 and 256 that begin on 16 bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +61,31 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.slow
 def test_fits_hopper(compiled: dict[str, list[dict[str, Any]]], name: str) -> None:
     kernels = compiled[name]
+    assert all(k["shared_bytes"] <= HOPPER_SHARED_BYTES for k in kernels)
     names = [k["name"] for k in kernels]
     assert names == ["write", "write", "write", "decode", "combine", "prefill"]
-    assert all(k["shared_bytes"] <= HOPPER_SHARED_BYTES for k in kernels), kernels
-    _, down_projection, _, decode, _, prefill = kernels
+    _, down_projection, *_, prefill = kernels
     assert down_projection["wgmma"] > 0
-    assert decode["wgmma"] > 0
     # Prompts with reconstructed heads of 256 do not get there: their tile is too small for wgmma.
     assert (prefill["wgmma"] > 0) == (name != "pre-rope 256")
 
 
-@pytest.mark.parametrize("name", TYPICAL)
+@pytest.mark.parametrize("name", [name for name in (CASES | DECODED) if name != "float32"])
 @pytest.mark.slow
-def test_decode_spills_nothing_and_loads_16_bytes(
-    compiled: dict[str, list[dict[str, Any]]], name: str
-) -> None:
+def test_decode_spills_nothing(compiled: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """16 bits and fp8; heads of 64, 128 and 256; folded and reconstructed. float32 is for tests."""
+    assert all(k["shared_bytes"] <= HOPPER_SHARED_BYTES for k in compiled[name])
     [decode] = [kernel for kernel in compiled[name] if kernel["name"] == "decode"]
     assert decode["stack_bytes"] == 0, decode
+    assert decode["wgmma"] > 0
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.slow
+def test_decode_loads_16_bytes(compiled: dict[str, list[dict[str, Any]]], name: str) -> None:
+    [decode] = [kernel for kernel in compiled[name] if kernel["name"] == "decode"]
     # Whatever is not copied 16 bytes at once is a number, of a block table or of angles.
-    _, _, _, rank_k, _, *_ = CASES[name]
+    _, _, _, rank_k, _, *_ = (CASES | DECODED)[name]
     tile = decode["block_n"] * 2 * (rank_k // 32 * 32)
     assert 16 * decode["threads"] * decode["wide_copies"] >= tile, decode
     assert decode["middling_copies"] == 0, decode
@@ -82,10 +93,14 @@ def test_decode_spills_nothing_and_loads_16_bytes(
 
 def _compile_all() -> dict[str, list[dict[str, Any]]]:
     """Call the kernels with a compiler in place of the launcher, for compute capability 9.0."""
-    return {name: [asdict(kernel) for kernel in _compile(case)] for name, case in CASES.items()}
+    cases = CASES | DECODED
+    return {
+        name: [asdict(kernel) for kernel in _compile(case, name in DECODED)]
+        for name, case in cases.items()
+    }
 
 
-def _compile(case: tuple[Any, ...]) -> list[Any]:
+def _compile(case: tuple[Any, ...], only_decode: bool) -> list[Any]:
     from vllm_eigen.benchmarks.kernels.gpu.compiled import compiling
     from vllm_eigen.kernels import (
         DownProjection,
@@ -124,14 +139,17 @@ def _compile(case: tuple[Any, ...]) -> list[Any]:
         torch.zeros(2, dtype=torch.int32),
         torch.zeros(2, 2048, dtype=torch.int32),
         num_actual_tokens=64,
+        max_query_len=1 if only_decode else None,
     )
     query = torch.zeros(64, heads, head_size or rank_k, dtype=dtype)
     output = torch.zeros(64, heads, rank_v, dtype=dtype)
     with compiling(90) as found:
         kernels = GpuKernels()
         prepared = kernels.prepare(spec)
-        prepared.write_cache(key, value, cache, slots)
-        for projection in (DownProjection(*bases), DownProjection(bases[0], None)):
+        if not only_decode:
+            prepared.write_cache(key, value, cache, slots)
+        projections = DownProjection(*bases), DownProjection(bases[0], None)
+        for projection in () if only_decode else projections:
             values = value if projection.value is None else whole
             projecting = kernels.prepare(replace(spec, down_projection=projection))
             projecting.write_cache(whole, values, cache, slots)

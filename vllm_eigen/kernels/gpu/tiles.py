@@ -122,7 +122,7 @@ def fit(tile: Tile, heads: int, shape: Shape, shared_bytes: int) -> Tile:
     # Transposed, four warps multiply 64 keys; more would hold them twice.
     is_large |= shape.widest > 128 and not tile.swap_ab
     # More in flight would take them from wide keys, and from numbers that are converted.
-    takes_registers = shape.columns > 128 or shape.columns > 0 and shape.operands > 0
+    takes_registers = shape.columns > 128 or (shape.columns > 0 and shape.operands > 0)
     tile = replace(
         tile,
         block_m=block_m,

@@ -144,10 +144,7 @@ def load_pairs(query_row, pair, valid, num_pairs: tl.constexpr, is_neox: tl.cons
     mask = valid & (pair < num_pairs)
     x = tl.load(query_row + x_at, mask=mask, other=0.0)
     y = tl.load(query_row + y_at, mask=mask, other=0.0)
-    if x.dtype.primitive_bitwidth == 16:
-        loaded = (_pack_halves(x, y),)
-    else:
-        loaded = (x, y)
+    loaded = (_pack_halves(x, y),) if x.dtype.primitive_bitwidth == 16 else (x, y)
     return loaded
 
 
