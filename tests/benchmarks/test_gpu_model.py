@@ -154,3 +154,19 @@ def test_the_committed_prediction_is_of_this_model() -> None:
         found = predict(kernel, work)
         assert found.milliseconds == pytest.approx(row["prediction"]["milliseconds"])
         assert found.bound == row["prediction"]["bound"]
+
+
+def test_the_committed_prediction_meets_what_is_asked_of_decode() -> None:
+    """Long contexts against full heads of bfloat16; and no decode spills."""
+    root = Path(__file__).parents[2]
+    path = root / "benchmarks/results/kernels/gpu-model-h100.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    decodes = [row for row in rows if row["phase"] == "decode"]
+    assert all(row["kernel"]["stack_bytes"] == 0 for row in decodes)
+    speedups = {
+        row["bits"]: row["speedup"]
+        for row in decodes
+        if row["key_mode"] == KeyMode.NO_ROPE and (row["context"], row["batch"]) == (32_768, 32)
+    }
+    assert speedups[16] >= 1.4
+    assert speedups[4] >= 2.2
