@@ -64,6 +64,6 @@ def tasks(max_model_len: int, vocab_size: int, bos: int | None) -> list[Task]:
         Task(CHUNKED, [prompt(length) for length in (CHUNK + 1, half, max_model_len - 8)], 2),
         Task(DECODE, [prompt(length) for length in (1, 30, 45)], 16),
         Task(PREFIX, [long], 4, first=(long,)),
-        # All are admitted, and outgrow the pool together.
-        Task(PREEMPTION, [prompt(half // 2) for _ in range(SEQUENCES)], max_model_len * 2 // 5),
+        # As many as fit are admitted, and outgrow the pool before they end.
+        Task(PREEMPTION, [prompt(half // 2) for _ in range(SEQUENCES)], max_model_len // 4),
     ]
