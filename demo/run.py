@@ -124,7 +124,7 @@ def serve(console: Console, models: Sequence[Path], pool_mib: int, quality: Any)
     console.print(table)
     console.print(
         f"Quality: offline in float32, {quality['tokens']:,} tokens of text. Speed: one user, "
-        f"median of {REPEATS}, smallest\nand largest in parentheses, both servers in turn, "
+        f"median of {REPEATS}, smallest and largest in parentheses, both servers in turn, "
         "without torch.compile. A ratio whose range holds 1 is none."
     )
 
