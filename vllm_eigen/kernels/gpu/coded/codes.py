@@ -81,7 +81,7 @@ def unpacking(plane, planes, is_float16):
     number. Three instructions make two numbers, of which planes share the shifts.
     """
 
-    def twice(number):
+    def twice(number: float) -> str:
         """Both halves of 32 bits: a number of magnitude 1 or more that 16 bits hold."""
         bits, bias = (10, 15) if is_float16 else (7, 127)
         sign = 0x8000 if number < 0 else 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc,assignment"
 """Reconstructed rotary keys on a GPU: the packed basis of a layer, and the scores of one tile.
 
 The basis is stored with the two dimensions of each RoPE pair side by side, whatever the model's
