@@ -270,7 +270,7 @@ def coded_attention_kernel(
                 logits = add_scores(logits, q_pass, columns, swap_ab, precision)
         else:
             for t in tl.static_range(len(key_tiles)):
-                for plane in tl.static_range(key_tiles[t][1]):
+                for plane in tl.static_range(tl.constexpr(key_tiles[t][1])):
                     numbers = plane_of(keys[t], plane, key_tiles[t][1], dtype)
                     q_plane = q_planes[key_tiles[t][3] + plane]
                     logits = add_scores(logits, q_plane, numbers, swap_ab, precision)
@@ -312,14 +312,14 @@ def coded_attention_kernel(
         )
         new_acc = ()
         for t in tl.static_range(len(value_tiles)):
-            for plane in tl.static_range(value_tiles[t][1]):
+            for plane in tl.static_range(tl.constexpr(value_tiles[t][1])):
                 new_acc = new_acc + (
                     add_values(
                         acc[value_tiles[t][3] + plane],
                         probs,
                         plane_of(values[t], plane, value_tiles[t][1], dtype),
                         alpha,
-                        swaps_values(value_tiles[t], swap_ab),
+                        swaps_values(tl.constexpr(value_tiles[t]), swap_ab),
                         precision,
                     ),
                 )

@@ -41,7 +41,7 @@ def plane_directions(tile: tl.constexpr, plane: tl.constexpr, eight, four, two):
     else:
         direction = 2 * eight + 4 * four + unit + plane * two
         exists = unit < two
-        factor = tl.full([tile[0]], 1.0, tl.float32)
+        factor = tl.full([tl.constexpr(tile[0])], 1.0, tl.float32)
     return direction, exists, factor
 
 
@@ -55,7 +55,7 @@ def load_keys(codes, at, valid, eight, four, two, tiles: tl.constexpr, stride: t
     """
     loaded = ()
     for t in tl.static_range(len(tiles)):
-        unit, exists = tile_units(tiles[t], eight, four, two)
+        unit, exists = tile_units(tl.constexpr(tiles[t]), eight, four, two)
         places = codes + at[:, None] + (unit * stride)[None, :]
         loaded = loaded + (tl.load(places, mask=valid[:, None] & exists[None, :], other=0),)
     return loaded
@@ -66,7 +66,7 @@ def load_values(codes, at, valid, eight, four, two, tiles: tl.constexpr, stride:
     """As `load_keys`, `[tile.units, BLOCK_N]`, as products with probabilities take them."""
     loaded = ()
     for t in tl.static_range(len(tiles)):
-        unit, exists = tile_units(tiles[t], eight, four, two)
+        unit, exists = tile_units(tl.constexpr(tiles[t]), eight, four, two)
         places = codes + at[None, :] + (unit * stride)[:, None]
         loaded = loaded + (tl.load(places, mask=valid[None, :] & exists[:, None], other=0),)
     return loaded
@@ -133,8 +133,10 @@ def load_query_planes(query_row, valid, eight, four, two, tiles: tl.constexpr):
     """
     loaded = ()
     for t in tl.static_range(len(tiles)):
-        for plane in tl.static_range(tiles[t][1]):
-            direction, exists, factor = plane_directions(tiles[t], plane, eight, four, two)
+        for plane in tl.static_range(tl.constexpr(tiles[t][1])):
+            direction, exists, factor = plane_directions(
+                tl.constexpr(tiles[t]), plane, eight, four, two
+            )
             some = tl.load(query_row + direction[None, :], mask=valid & exists[None, :], other=0.0)
             loaded = loaded + ((some.to(tl.float32) * factor[None, :]).to(some.dtype),)
     return loaded
@@ -155,11 +157,11 @@ def zero_planes(tiles: tl.constexpr, BLOCK_M: tl.constexpr, swap_ab: tl.constexp
     """Sums over each plane of each tile, `[BLOCK_M, tile.units]`, or transposed."""
     sums = ()
     for t in tl.static_range(len(tiles)):
-        for _ in tl.static_range(tiles[t][1]):
-            if swaps_values(tiles[t], swap_ab):
-                sums = sums + (tl.zeros([tiles[t][0], BLOCK_M], tl.float32),)
+        for _ in tl.static_range(tl.constexpr(tiles[t][1])):
+            if swaps_values(tl.constexpr(tiles[t]), swap_ab):
+                sums = sums + (tl.zeros([tl.constexpr(tiles[t][0]), BLOCK_M], tl.float32),)
             else:
-                sums = sums + (tl.zeros([BLOCK_M, tiles[t][0]], tl.float32),)
+                sums = sums + (tl.zeros([BLOCK_M, tl.constexpr(tiles[t][0])], tl.float32),)
     return sums
 
 
@@ -168,9 +170,9 @@ def rows_first(sums, tiles: tl.constexpr, swap_ab: tl.constexpr):
     """The sums with queries as rows, whatever `zero_planes` made."""
     turned = ()
     for t in tl.static_range(len(tiles)):
-        for plane in tl.static_range(tiles[t][1]):
+        for plane in tl.static_range(tl.constexpr(tiles[t][1])):
             some = sums[tiles[t][3] + plane]
-            if swaps_values(tiles[t], swap_ab):
+            if swaps_values(tl.constexpr(tiles[t]), swap_ab):
                 turned = turned + (tl.trans(some),)
             else:
                 turned = turned + (some,)
@@ -186,9 +188,11 @@ def store_planes(target, sums, factor, valid, eight, four, two, tiles: tl.conste
     """
     element: tl.constexpr = target.dtype.element_ty
     for t in tl.static_range(len(tiles)):
-        unit, _ = tile_units(tiles[t], eight, four, two)
-        for plane in tl.static_range(tiles[t][1]):
-            direction, stored, divided = plane_directions(tiles[t], plane, eight, four, two)
+        unit, _ = tile_units(tl.constexpr(tiles[t]), eight, four, two)
+        for plane in tl.static_range(tl.constexpr(tiles[t][1])):
+            direction, stored, divided = plane_directions(
+                tl.constexpr(tiles[t]), plane, eight, four, two
+            )
             some = sums[tiles[t][3] + plane] * divided[None, :]
             if tiles[t][1] == 4:
                 if plane % 2 == 0:

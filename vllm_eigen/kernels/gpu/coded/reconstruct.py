@@ -50,7 +50,7 @@ def load_basis_columns(
     basis += head.to(tl.int64) * (numbers * width)
     loaded = ()
     for t in tl.static_range(len(tiles)):
-        for plane in tl.static_range(tiles[t][1]):
+        for plane in tl.static_range(tl.constexpr(tiles[t][1])):
             row = tiles[t][4] + plane * tiles[t][0] + tl.arange(0, tiles[t][0])
             loaded = loaded + (tl.load(basis + row[:, None] * width + column),)
     added = 0.0
@@ -76,7 +76,7 @@ def reconstruct_columns(
     """
     keys = tl.zeros([units[0].shape[0], basis[0].shape[1]], tl.float32)
     for t in tl.static_range(len(tiles)):
-        for plane in tl.static_range(tiles[t][1]):
+        for plane in tl.static_range(tl.constexpr(tiles[t][1])):
             rows = basis[tiles[t][3] + plane]
             numbers = plane_of(units[t], plane, tiles[t][1], rows.dtype)
             keys = tl.dot(numbers, rows, keys, input_precision=precision)

@@ -153,9 +153,9 @@ def _encode(
     needed = tl.zeros([BLOCK_TOKENS], tl.float32) + floor
     nans = tl.zeros([BLOCK_TOKENS], tl.int32)
     for t in tl.static_range(len(tiles)):
-        for plane in tl.static_range(tiles[t][1]):
-            direction, exists, _ = plane_directions(tiles[t], plane, eight, four, two)
-            unit, _ = tile_units(tiles[t], eight, four, two)
+        for plane in tl.static_range(tl.constexpr(tiles[t][1])):
+            direction, exists, _ = plane_directions(tl.constexpr(tiles[t]), plane, eight, four, two)
+            unit, _ = tile_units(tl.constexpr(tiles[t]), eight, four, two)
             if tiles[t][1] == 4 and plane % 2 == 1:
                 exists &= unit >= eight
             x = _latents(
@@ -193,9 +193,9 @@ def _encode(
         at = block + (eight + four + two) * block_size + offset
         tl.store(at, (bits >> 16).to(tl.uint16), mask=stored)
     for t in tl.static_range(len(tiles)):
-        unit, exists = tile_units(tiles[t], eight, four, two)
-        units = tl.zeros([BLOCK_TOKENS, tiles[t][0]], tl.int32)
-        for plane in tl.static_range(tiles[t][1]):
+        unit, exists = tile_units(tl.constexpr(tiles[t]), eight, four, two)
+        units = tl.zeros([BLOCK_TOKENS, tl.constexpr(tiles[t][0])], tl.int32)
+        for plane in tl.static_range(tl.constexpr(tiles[t][1])):
             steps = latents[tiles[t][3] + plane]
             if scaled:
                 divisor = tl.where(scale == 0.0, 1.0, scale)[:, None] + tl.zeros_like(steps)
@@ -203,7 +203,7 @@ def _encode(
                 # inf / inf, and any number of a scale that is 0 or not a number.
                 is_number = (steps == steps) & (scale > 0.0)[:, None]
                 steps = tl.where(is_number, steps, 0.0)
-            half = tl.full([tiles[t][0]], 2.0, tl.float32)
+            half = tl.full([tl.constexpr(tiles[t][0])], 2.0, tl.float32)
             if tiles[t][1] == 4:
                 half = tl.where(unit < eight, 128.0, 8.0)
             code = tl.floor(steps) + half[None, :]
