@@ -35,6 +35,7 @@ class Library:
         if isa not in (supported := build.supported_isas()):
             raise KernelError(f"{isa} does not run here; choose one of {', '.join(supported)}")
         path = build.compiled(isa, extra_flags)
+        build.share_openmp()
         try:
             self._functions = ctypes.CDLL(str(path))
         except OSError as error:

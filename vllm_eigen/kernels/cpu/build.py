@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the C++ kernels for this machine, once, into the user's cache.
+"""Find the C++ kernels for this machine: in the wheel, else compiled once into the user's cache.
 
-Used by `bindings.py` on first use. The library's name carries a hash of sources, flags and OpenMP
-runtime, so an update compiles anew and processes of different versions live side by side. Where it
-is built already no compiler is needed. No torch headers: the compiler needs seconds and nothing but
-g++.
+Used by `bindings.py` on first use. The library's name carries a hash of sources and flags, so an
+update compiles anew and processes of different versions live side by side. Where it is built
+already no compiler is needed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,28 +19,10 @@ from filelock import FileLock, Timeout
 
 from vllm_eigen.common.cache import CACHE_VARIABLE, user_cache
 from vllm_eigen.common.errors import KernelError
+from vllm_eigen.kernels.cpu.compiler import ISA_LEVELS, SHIPPED, build_library, library_name
 
-SOURCES = Path(__file__).parent / "csrc"
 ISA_VARIABLE = "EIGEN_CPU_ISA"
-BUILD_SECONDS = 600.0
 LOCK_SECONDS = 300.0
-
-_AVX2 = ("avx2", "fma", "f16c")
-_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
-_AVX512_BF16 = (*_AVX2, *_AVX512, "avx512_bf16", "avx512_vnni")
-# Best first: name -> processor flags needed, as /proc/cpuinfo spells them.
-ISA_LEVELS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512_BF16, "amx_tile", "amx_int8", "amx_bf16"),
-    "avx512bf16": _AVX512_BF16,
-    "avx512": (*_AVX2, *_AVX512),
-    "avx2": _AVX2,
-    "portable": (),
-}
-COMPILE_FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
-    *("-fno-math-errno", "-ffp-contract=off"),
-    *("-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"),
-)
 
 
 def supported_isas() -> list[str]:
@@ -83,77 +60,50 @@ def chosen_isa() -> str:
     return named or supported[0]
 
 
+def find(isa: str, extra_flags: tuple[str, ...] = ()) -> Path | None:
+    """The built kernels for `isa`, from the wheel or the user's cache; None if there are none."""
+    name = library_name(isa, extra_flags)
+    return next((p for p in (SHIPPED / name, user_cache() / name) if p.exists()), None)
+
+
 def compiled(isa: str, extra_flags: tuple[str, ...] = ()) -> Path:
     """Path of the compiled kernels for `isa`, building them if this user has none yet.
 
     `extra_flags` go to the compiler and the linker (sanitizers). Processes that build at once
-    wait for each other at most LOCK_SECONDS, then build for themselves; the finished file appears
-    in one step.
+    wait for each other at most LOCK_SECONDS, then build for themselves.
 
     Raises:
         KernelError: there is no g++, it fails, or the cache folder cannot be written.
     """
-    runtime = _openmp_runtime()
-    flags = (*COMPILE_FLAGS, *_isa_flags(isa), *extra_flags)
-    path = user_cache() / f"kernels-{isa}-{_fingerprint(flags, runtime)}.so"
-    if path.exists():
+    if (path := find(isa, extra_flags)) is not None:
         return path
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if not compiler:
-        raise KernelError("the CPU kernels need a C++ compiler: install g++ (apt install g++)")
+    folder = user_cache()
+    path = folder / library_name(isa, extra_flags)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
-            if not path.exists():
-                _build(path, compiler, flags, extra_flags, runtime)
+            return path if path.exists() else build_library(isa, folder, extra_flags)
     except OSError as error:
         raise KernelError(
-            f"cannot build the CPU kernels in {path.parent}: {error}; "
+            f"cannot build the CPU kernels in {folder}: {error}; "
             f"set {CACHE_VARIABLE} to a writable folder"
         ) from error
-    return path
 
 
-def _build(
-    path: Path,
-    compiler: str,
-    flags: tuple[str, ...],
-    link_flags: tuple[str, ...],
-    runtime: str | None,
-) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder, "kernels.o"), Path(folder, path.name)
-        _run(compiler, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled))
-        # The OpenMP runtime torch has loaded: one pool of threads, bound as vLLM bound them.
-        openmp = runtime or "-fopenmp"
-        _run(compiler, "-shared", *link_flags, str(compiled), openmp, "-o", str(linked))
-        os.replace(linked, path)
+def share_openmp() -> None:
+    """Let libraries loaded from now on find torch's OpenMP runtime.
 
+    The kernels then run on its one pool of threads, bound as vLLM bound them.
 
-def _run(*command: str) -> None:
+    Raises:
+        KernelError: torch has none, and neither has the system.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"the C++ compiler {command[0]} did not finish: {error}") from error
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-        raise KernelError(f"{command[0]} cannot compile the CPU kernels: {lines[0].strip()}")
-
-
-def _isa_flags(isa: str) -> tuple[str, ...]:
-    """As gcc spells them: -mavx512bf16, but -mamx-tile."""
-    return tuple(
-        "-m" + flag.replace("_", "-" if flag.startswith("amx") else "") for flag in ISA_LEVELS[isa]
-    )
-
-
-def _fingerprint(flags: tuple[str, ...], runtime: str | None) -> str:
-    digest = hashlib.sha256()
-    for source in sorted([*SOURCES.rglob("*.h"), *SOURCES.glob("*.cpp")]):
-        name = str(source.relative_to(SOURCES))
-        digest.update(name.encode() + b"\0" + source.read_bytes())
-    digest.update(repr((flags, runtime)).encode())
-    return digest.hexdigest()[:16]
+        ctypes.CDLL(_openmp_runtime() or "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise KernelError(
+            f"the CPU kernels need libgomp (apt install libgomp1): {error}"
+        ) from error
 
 
 def _openmp_runtime() -> str | None:
