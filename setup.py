@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -57,11 +57,16 @@ class PlatformWheel(bdist_wheel):
         python, abi, platform = super().get_tag()
         return ("py3", "none", platform) if WANTED else (python, abi, platform)
 
-    def finalize_options(self) -> None:
-        """Only with libraries inside is it bound to an architecture."""
-        super().finalize_options()
-        if WANTED:
-            self.root_is_pure = False
+
+class KernelDistribution(Distribution):
+    """Bound to an architecture only with libraries inside."""
+
+    def has_ext_modules(self) -> bool:
+        """Whether the wheel is one of a platform."""
+        return bool(WANTED)
 
 
-setup(cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel})
+setup(
+    cmdclass={"build_py": BuildKernels, "bdist_wheel": PlatformWheel},
+    distclass=KernelDistribution,
+)

@@ -104,8 +104,9 @@ async def soak(
 
     began = time.monotonic()
     cache = endpoint.kv_cache()
-    # Shorter than the server's own 5 s: else it may close a connection as it is used again.
-    limits = httpx.Limits(max_connections=args.users, keepalive_expiry=2.0)
+    # A new connection a request: the server may close an idle one just as it is used again, and
+    # where the machine has other work that would look like a lost request.
+    limits = httpx.Limits(max_connections=args.users, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=endpoint.url, timeout=None, limits=limits) as client:
         load = SoakLoad(client, endpoint.model(), vocabulary, cache["max_model_len"], args.seed)
         await load.find_probes(args.probes)

@@ -1,73 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built wheel, installed alone: its contents, and its commands beside files of common names.
-
-A user may stand in any folder, also in one with a `server.py` of their own. Dependencies are those
-of the running environment, whose own installation of the project stays out of the way.
-"""
+"""The built wheel, installed alone: its contents, and its commands beside files of common names."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
-import sysconfig
 import zipfile
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
-import vllm_eigen
 from tests import small_llama
+from tests.packaging.conftest import LIBRARIES, ROOT, Installed, run
 from vllm_eigen.benchmarks.command import BENCHMARKS
+from vllm_eigen.kernels.cpu import build, compiler
 
 pytestmark = pytest.mark.deploy
 
-ROOT = Path(vllm_eigen.__file__).parents[1]
-NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv", ".demo", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "results"
-)
-DECOYS = ("server", "calibration", "benchmarks", "demo")
 COMMANDS = sorted(entry.name for entry in entry_points(group="vllm_eigen.commands"))
-SECONDS = 240
-
-Python = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=NOT_SOURCE)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    _run([*pip, "--no-index", "--wheel-dir", str(folder), str(folder / "source")], folder)
-    (found,) = folder.glob("vllm_eigen-*.whl")
-    return found
-
-
-@pytest.fixture(scope="module")
-def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Python:
-    """Runs the installed wheel's interpreter in a folder of decoys; returns what it printed."""
-    folder = tmp_path_factory.mktemp("installed")
-    _run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], folder)
-    interpreter = folder / "venv" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet"]
-    _run([*pip, "--no-deps", "--no-index", str(wheel)], folder)
-    site = _run([str(interpreter), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
-    # A path in a .pth file comes last, and .pth files found there, such as that of an editable
-    # installation, are not read.
-    (Path(site.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    work = folder / "work"
-    work.mkdir()
-    for name in DECOYS:
-        (work / f"{name}.py").write_text(f"raise ImportError('the decoy {name}.py')")
-
-    def run(*arguments: str) -> str:
-        # The interpreter puts the folder first on its path.
-        return _run([str(interpreter), *arguments], work)
-
-    return run
+BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])('.'))"
 
 
 def test_contents(wheel: Path) -> None:
@@ -83,46 +35,70 @@ def test_contents(wheel: Path) -> None:
         assert files
         assert {path.relative_to(ROOT).as_posix() for path in files} <= packed
     assert "vllm_eigen/py.typed" in packed
+    assert [name for name in packed if name.endswith(".so")] == [
+        f"{LIBRARIES}/{compiler.library_name(build.chosen_isa())}"
+    ]
+    assert wheel.name.split("-", 2)[2].startswith("py3-none-linux_")
 
 
-def test_the_source_archive_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
-    build = (
-        "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])('.'))"
-    )
-    source = wheel.parent / "source"
-    archive = _run([sys.executable, "-c", build, "build_sdist"], source).split()[-1]
+def test_the_source_archive_builds_the_same_wheel(
+    wheel: Path, source: Path, tmp_path: Path
+) -> None:
+    """But for the libraries, which it does not hold: this wheel is pure Python."""
+    archive = run([sys.executable, "-c", BUILD, "build_sdist"], source).split()[-1]
     shutil.unpack_archive(source / archive, tmp_path, filter="data")
     (unpacked,) = tmp_path.iterdir()
     assert (unpacked / "CHANGELOG.md").is_file()
-    built = _run([sys.executable, "-c", build, "build_wheel"], unpacked).split()[-1]
-    names = [set(zipfile.ZipFile(path).namelist()) for path in (wheel, unpacked / built)]
-    assert names[0] == names[1]
+    built = unpacked / run([sys.executable, "-c", BUILD, "build_wheel"], unpacked).split()[-1]
+    assert built.name.endswith("-py3-none-any.whl")
+    names = [set(zipfile.ZipFile(path).namelist()) for path in (wheel, built)]
+    assert {name for name in names[0] if not name.endswith(".so")} == names[1]
 
 
-def test_every_command_explains_itself(python: Python) -> None:
-    assert "vllm_eigen/__init__.py" in python("-c", "import vllm_eigen; print(vllm_eigen.__file__)")
-    overview = python("-m", "vllm_eigen.cli", "--help")
+def test_the_wheel_of_the_index_has_every_level(source: Path, tmp_path: Path) -> None:
+    """With a source of one line, since a level of the kernels takes the compiler a minute."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed (apt install g++)")
+    tree = shutil.copytree(source, tmp_path / "tree", symlinks=True)
+    kernels = tree / "vllm_eigen" / "kernels" / "cpu"
+    shutil.rmtree(kernels / "lib", ignore_errors=True)
+    shutil.rmtree(kernels / "csrc")
+    (kernels / "csrc").mkdir()
+    (kernels / "csrc" / "kernels.cpp").write_text('extern "C" void vllm_eigen_describe() {}')
+    environment = {"EIGEN_WHEEL_KERNELS": "all"}
+    built = run([sys.executable, "-c", BUILD, "build_wheel"], tree, environment).split()[-1]
+    names = [Path(name) for name in zipfile.ZipFile(tree / built).namelist()]
+    levels = {path.name.split("-")[1] for path in names if path.parent.as_posix() == LIBRARIES}
+    assert levels == set(compiler.machine_levels())
+
+
+def test_every_command_explains_itself(installed: Installed) -> None:
+    assert "vllm_eigen/__init__.py" in installed.run(
+        "-c", "import vllm_eigen; print(vllm_eigen.__file__)"
+    )
+    overview = installed.run("-m", "vllm_eigen.cli", "--help")
     assert COMMANDS
     assert set(COMMANDS) <= set(overview.split())
     for name in COMMANDS:
-        assert "usage:" in python("-m", "vllm_eigen.cli", name, "--help").lower(), name
-    overview = python("-m", "vllm_eigen.cli", "bench", "--help")
+        assert "usage:" in installed.run("-m", "vllm_eigen.cli", name, "--help").lower(), name
+    overview = installed.run("-m", "vllm_eigen.cli", "bench", "--help")
     listed = {line.split()[0] for line in overview.splitlines() if line.startswith("    ")}
     assert set(BENCHMARKS) <= listed
     for name in BENCHMARKS:
-        assert f"bench {name}" in python("-m", "vllm_eigen.cli", "bench", name, "--help"), name
+        assert f"bench {name}" in installed.run("-m", "vllm_eigen.cli", "bench", name, "--help"), (
+            name
+        )
 
 
-def test_a_command_runs(python: Python, tmp_path: Path) -> None:
+def test_a_command_runs(installed: Installed, tmp_path: Path) -> None:
     """The console script, on a model's configuration."""
     model = tmp_path / "model"
     small_llama.write(model)
-    script = python("-c", "import sys; print(sys.prefix)").strip() + "/bin/vllm-eigen"
-    found = _run([script, "estimate", str(model), "--memory", "1GiB", "--kv-ratio", "0.6"])
+    found = run([installed.script, "estimate", str(model), "--memory", "1GiB", "--kv-ratio", "0.6"])
     assert "0.6" in found
 
 
-def test_vllm_finds_the_plugins(python: Python) -> None:
+def test_vllm_finds_the_plugins(installed: Installed) -> None:
     pytest.importorskip("vllm")
     code = (
         "from importlib.metadata import entry_points\n"
@@ -130,18 +106,7 @@ def test_vllm_finds_the_plugins(python: Python) -> None:
         "    for entry in entry_points(group=group):\n"
         "        if 'eigen' in entry.name: print(entry.load().__module__)\n"
     )
-    assert python("-c", code).split() == ["vllm_eigen.server.plugin", "vllm_eigen.plugin.register"]
-
-
-def _run(command: list[str], folder: Path | None = None) -> str:
-    kept = ("PATH", "HOME", "LANG", "TMPDIR")
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={name: os.environ[name] for name in kept if name in os.environ},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
-    return done.stdout
+    assert installed.run("-c", code).split() == [
+        "vllm_eigen.server.plugin",
+        "vllm_eigen.plugin.register",
+    ]
