@@ -20,6 +20,7 @@ BENCHMARKS = {
     "overheads": "vllm_eigen.benchmarks.engine.overheads",
     "serve": "vllm_eigen.benchmarks.serving.serve",
     "soak": "vllm_eigen.benchmarks.soak.soak",
+    "faults": "vllm_eigen.benchmarks.soak.faults",
     "capacity": "vllm_eigen.benchmarks.serving.capacity",
     "quality": "vllm_eigen.benchmarks.quality.methods",
     "calibration": "vllm_eigen.benchmarks.quality.calibration",

@@ -28,7 +28,12 @@ class Supervisor:
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
     def start(self) -> None:
+        """Wait for the end of what runs, in a thread."""
         self._thread.start()
+
+    def stop_restarting(self) -> None:
+        """The end of what runs is the last."""
+        self._stopped.set()
 
     def stop(self) -> None:
         """No more restarts, and an end to what runs."""
