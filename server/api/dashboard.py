@@ -3,11 +3,13 @@
 
 The page requests its data from `/v1`, relative to its own address, so it works behind any
 `--root-path`. It holds no data itself: with an API key set, `--open-routes /dashboard` opens it to
-browsers, and it asks for the key.
+browsers, and it asks for the key. `?base=http://host:port` shows another server's statistics beside
+ours; the page may ask that one server too, and sends it no key.
 """
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 
 from fastapi import APIRouter, HTTPException, Response
@@ -19,9 +21,10 @@ MEDIA_TYPES = {
     "js": "text/javascript",
     "svg": "image/svg+xml",
 }
+POLICY = "Content-Security-Policy"
 HEADERS = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    POLICY: "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
@@ -32,9 +35,16 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/dashboard")
-async def page() -> Response:
-    """The page."""
-    return _file("index.html")
+async def page(base: str = "") -> Response:
+    """The page; `base` is the address of a server to compare with, without a path or with one."""
+    response = _file("index.html")
+    if base:
+        found = re.fullmatch(r"(https?://[\w.-]+(?::\d{1,5})?)(?:/[\w./-]*)?", base, re.ASCII)
+        if found is None:
+            raise HTTPException(400, detail="base must be an address such as http://host:8001")
+        policy = HEADERS[POLICY].replace("connect-src 'self'", f"connect-src 'self' {found[1]}")
+        response.headers[POLICY] = policy
+    return response
 
 
 @router.get("/dashboard/{name}")

@@ -2,6 +2,7 @@
 // The dashboard: reads /v1/kv_cache once, then follows its event stream.
 
 import { Unauthorized, events, getJSON, hasKey, problem, request, setKey } from "./api.js";
+import { compare } from "./base.js";
 import { drawRanks, drawSpark, drawUse } from "./chart.js";
 import { bits, bytes, count, percent, rate, times } from "./format.js";
 import { setUp } from "./playground.js";
@@ -169,4 +170,5 @@ new ResizeObserver(() => {
 }).observe($("main"));
 theme();
 setUp(() => model, () => askKey(hasKey()));
+compare(() => getJSON("v1/kv_cache"));
 run();

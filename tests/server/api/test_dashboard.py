@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
 
 import httpx
 import pytest
+from fastapi import HTTPException
 
 from tests.server.browser import PHONE, number, page, wait_until
 from tests.server.conftest import NAME
+from vllm_eigen.server.api import dashboard
 from vllm_eigen.server.api.dashboard import MEDIA_TYPES, STATIC
 from vllm_eigen.server.launch.process import ServerProcess
 
@@ -71,6 +76,53 @@ def test_numbers_are_those_of_the_api_and_move_under_load(plain: ServerProcess) 
         samples = httpx.get(f"{plain.url}/v1/kv_cache/history?seconds=60").json()["samples"]
         assert shown in [{name: sample[name] for name in shown} for sample in samples]
         wait_until(lambda: number(tab, "running") == 0)
+
+
+class _Base(BaseHTTPRequestHandler):
+    """Statistics of a base model, for any page; notes who asked with a key."""
+
+    cache: ClassVar[dict[str, Any]] = {}
+    keys: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        self.keys.append(self.headers["Authorization"])
+        self.send_response(200)
+        self.send_header("Access-Control-Allow-Origin", "*")
+        self.end_headers()
+        self.wfile.write(json.dumps(self.cache).encode())
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_the_base_model_is_shown_beside(plain: ServerProcess) -> None:
+    ours = httpx.get(f"{plain.url}/v1/kv_cache").json()
+    _Base.cache = ours | {"bytes_per_token": 4 * ours["bytes_per_token"]}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Base)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with page(viewport=PHONE) as tab:
+            tab.goto(f"{plain.url}/dashboard?base=http://127.0.0.1:{server.server_port}")
+            wait_until(lambda: "0.25" in tab.inner_text("#base-table"))
+            assert tab.locator("#base-table tr").count() == 9
+            assert set(_Base.keys) == {None}
+            assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+            tab.goto(f"{plain.url}/dashboard")
+            tab.wait_for_selector(LIVE)
+            assert not tab.is_visible("#base")
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.anyio
+async def test_only_an_address_can_be_compared_with() -> None:
+    for wrong in ("evil.example", "http://a;script-src *", "http://a b", "javascript:x", "http://"):
+        with pytest.raises(HTTPException):
+            await dashboard.page(wrong)
+    policy = (await dashboard.page("http://a:1/prefix")).headers["Content-Security-Policy"]
+    assert "connect-src 'self' http://a:1;" in policy
+    plain = (await dashboard.page()).headers["Content-Security-Policy"]
+    assert plain == policy.replace(" http://a:1", "")
 
 
 def test_playground_streams_by_keyboard(plain: ServerProcess) -> None:
