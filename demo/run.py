@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent
 WORK = ROOT.parent / ".demo"
 TASK = ROOT / "questions.jsonl"
 # Ratio and options of the calibration stand here and nowhere else.
-KV_RATIO = 0.25
-CALIBRATION = ("--samples", "8", "--seq-len", "512")
+KV_RATIO = 0.27
+CALIBRATION = ("--samples", "16", "--seq-len", "512")
 POOL_MIB = 256
 HELDOUT_TOKENS = 8192
 CONTEXTS = (128, 4096)
@@ -82,8 +82,11 @@ def calibrate(base: Path, kv_ratio: float) -> Path:
 
     The texts, `calibration.txt` and `heldout.txt`, are written beside it.
     """
-    for split in texts.SPLITS:
-        texts.write(split, WORK / f"{split}.txt")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts.write_for_chat("calibration", WORK / "calibration.txt", tokenizer)
+    texts.write("heldout", WORK / "heldout.txt")
     output = WORK / "eigen"
     arguments = ["calibrate", str(base), "--output", str(output), "--overwrite"]
     arguments += ["--kv-ratio", str(kv_ratio), "--text", str(WORK / "calibration.txt")]

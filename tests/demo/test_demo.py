@@ -16,6 +16,7 @@ from demo import measure, model, tables, texts
 from demo.run import TASK
 from vllm_eigen.benchmarks.lib.spread import Spread
 from vllm_eigen.calibration.evaluation.questions import read_questions
+from vllm_eigen.calibration.model.text import SEPARATOR
 from vllm_eigen.common.errors import InputError
 
 POOL = measure.Pool(1 << 28, 23_040, 11_648, 8192)
@@ -51,6 +52,26 @@ def test_no_topic_is_in_both_splits(tmp_path: Path) -> None:
         next(texts.documents("train"))
     path = texts.write("heldout", tmp_path / "text.txt", 100)
     assert next(texts.documents("heldout")).startswith(path.read_text(encoding="utf-8"))
+
+
+def test_half_of_the_calibration_text_is_chat(tmp_path: Path) -> None:
+    class Tokenizer:
+        def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+            assert not tokenize
+            assert [item["role"] for item in messages] == ["user", "assistant"] * (
+                len(messages) // 2
+            )
+            return "".join(f"<{item['role']}>{item['content']}" for item in messages)
+
+    path = texts.write_for_chat("calibration", tmp_path / "text.txt", Tokenizer())
+    parts = path.read_text(encoding="utf-8").split(SEPARATOR)
+    chats = [part for part in parts if part.startswith("<user>")]
+    topics = list(texts.documents("calibration"))
+    assert len(parts) - len(chats) == len(topics)
+    assert 0.3 < sum(map(len, chats)) / sum(map(len, parts)) < 0.7
+    for part in chats:
+        answer = part.split("<assistant>")[1].split("<user>")[0]
+        assert any(answer in topic for topic in topics)
 
 
 @pytest.mark.parametrize(("low", "high", "said"), [(0.9, 1.1, True), (1.2, 1.3, False)])

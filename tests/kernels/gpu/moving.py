@@ -31,7 +31,7 @@ needs_kernels = pytest.mark.skipif(
 )
 
 if INTERPRETED:
-    from tests.kernels.gpu.triton_interpreter import repair_interpreter
+    from tests.kernels.gpu.interpreter.repairs import repair_interpreter
 
     repair_interpreter()
 

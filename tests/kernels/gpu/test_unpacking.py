@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.gpu.ptx import evaluate
+from tests.kernels.gpu.interpreter.ptx import evaluate
 
 pytest.importorskip("triton")
 from vllm_eigen.kernels.gpu.coded.codes import unpacking

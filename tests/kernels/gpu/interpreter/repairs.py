@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import triton.language as tl
 
-from tests.kernels.gpu.ptx import evaluate
+from tests.kernels.gpu.interpreter.ptx import evaluate
 
 _TORCH_DTYPES = {
     tl.float32: torch.float32,
