@@ -69,10 +69,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one kernel: programs on a multiprocessor, waves, milliseconds, and what bounds it."""
+    """Of one kernel.
+
+    Attributes:
+        resident: programs on a multiprocessor at once.
+        rounds: of programs over all multiprocessors; the last takes as long as a full one.
+        milliseconds: of a call.
+        bound: what takes the most time.
+    """
 
     resident: int
-    waves: float
+    rounds: float
     milliseconds: float
     bound: str
 
@@ -81,9 +88,9 @@ def predict(kernel: CompiledKernel, work: Work, gpu: Gpu = H100) -> Prediction:
     """The time of one call of a compiled kernel."""
     resident = residents(kernel, gpu)
     slots = resident * gpu.multiprocessors
-    waves = work.programs / slots
-    # The last wave takes as long as a full one.
-    idle = math.ceil(waves) / waves
+    rounds = work.programs / slots
+    # The last round takes as long as a full one.
+    idle = math.ceil(rounds) / rounds
     active = min(work.programs, slots)
     rates = {
         "memory": gpu.memory * gpu.reached,
@@ -92,7 +99,7 @@ def predict(kernel: CompiledKernel, work: Work, gpu: Gpu = H100) -> Prediction:
     slower = min(rates, key=lambda name: rates[name])
     peak = gpu.wgmma if kernel.wgmma else gpu.mma
     share = min(1.0, active / gpu.multiprocessors)
-    tail = idle if waves > 1 else 1.0
+    tail = idle if rounds > 1 else 1.0
     instructions = work.passes * kernel.loop_instructions * kernel.threads / 32
     seconds = {
         slower: work.num_bytes / rates[slower],
@@ -102,7 +109,7 @@ def predict(kernel: CompiledKernel, work: Work, gpu: Gpu = H100) -> Prediction:
     bound = max(seconds, key=lambda name: seconds[name])
     if seconds[bound] < gpu.launch:
         bound = "launch"
-    return Prediction(resident, waves, 1e3 * (gpu.launch + max(seconds.values())), bound)
+    return Prediction(resident, rounds, 1e3 * (gpu.launch + max(seconds.values())), bound)
 
 
 def residents(kernel: CompiledKernel, gpu: Gpu = H100) -> int:
