@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = re.compile(r'<img alt="[^"]*" src="(?:\.\./)*(figures/[\w-]+\.svg)"\s*/?>')
-LINK = re.compile(r"\]\((?:\.\./)*benchmarks/results/(?:\w+/)?([\w.-]+)\)")
+LINK = re.compile(r"\]\((?:\.\./)*benchmarks/results/(?:\w+/)*([\w.-]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:

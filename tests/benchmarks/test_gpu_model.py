@@ -146,7 +146,7 @@ def test_the_committed_prediction_is_of_this_model() -> None:
     """What is committed follows from the numbers of the code that stand beside it."""
     root = Path(__file__).parents[2]
     document = json.loads(
-        (root / "benchmarks/results/kernels/gpu-model-h100.json").read_text(encoding="utf-8")
+        (root / "benchmarks/results/kernels/gpu/gpu-model-h100.json").read_text(encoding="utf-8")
     )
     assert len(document["rows"]) == 32
     for row in document["rows"]:
@@ -159,7 +159,7 @@ def test_the_committed_prediction_is_of_this_model() -> None:
 def test_the_committed_prediction_meets_what_is_asked_of_decode() -> None:
     """Long contexts against full heads of bfloat16; and no decode spills."""
     root = Path(__file__).parents[2]
-    path = root / "benchmarks/results/kernels/gpu-model-h100.json"
+    path = root / "benchmarks/results/kernels/gpu/gpu-model-h100.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     decodes = [row for row in rows if row["phase"] == "decode"]
     assert all(row["kernel"]["stack_bytes"] == 0 for row in decodes)

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 MADE = [
     ("engine-decode", "engine/engine-decode"),
     ("engine-decode", "engine/engine-decode-triangular"),
-    ("gpu-model", "kernels/gpu-model-h100"),
+    ("gpu-model", "kernels/gpu/gpu-model-h100"),
     ("overheads", "engine/overheads"),
     ("serve", "serving/serve-demo"),
     ("serve", "serving/serve-llama-mix"),
