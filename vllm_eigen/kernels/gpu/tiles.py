@@ -174,7 +174,12 @@ def _shared_bytes(tile: Tile, heads: int, shape: Shape) -> int:
     reconstructed = 0
     if shape.columns:
         bases = heads // shape.heads_per_reconstructed
-        reconstructed = bases * shape.numbers_k * shape.columns * shape.element_size
+        basis = shape.numbers_k * shape.columns * shape.element_size
+        reconstructed = bases * basis
+        if tile.swap_ab and bases > 1:
+            # Bases in the layout of the other operand too, and keys of all heads but the last.
+            keys = tile.block_n * shape.columns * shape.element_size
+            reconstructed += bases * basis + (bases - 1) * keys
         if not tile.swap_ab:
             # Keys on their way from one product to the next, and cosines and sines in float32.
             reconstructed += tile.block_n * shape.columns * (shape.element_size + 4 * in_flight)
