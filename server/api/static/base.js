@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// `/dashboard?base=http://host:port` shows that server's numbers beside ours, e.g. those of the
+// `/dashboard?base=URL` shows that server's numbers beside ours, e.g. those of the
 // uncompressed model. It gets no key of ours: what it shows it must show anyone.
 
 import { bytes, count, rate, times } from "./format.js";
