@@ -44,7 +44,7 @@ class BuildKernels(build_py):
             folder = Path(self.build_lib, *CPU.relative_to(ROOT).parts, "lib")
             folder.mkdir(parents=True, exist_ok=True)
             for isa in levels:
-                if not (folder / compiler.library_name(isa)).exists():
+                if not (folder / compiler.name_of_library(isa)).exists():
                     print(f"compiling the kernels for {isa}", flush=True)
                     compiler.build_library(isa, folder)
 

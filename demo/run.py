@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,7 @@ def calibrate(base: Path, kv_ratio: float) -> Path:
 
     The texts, `calibration.txt` and `heldout.txt`, are written beside it.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    texts.write_for_chat("calibration", WORK / "calibration.txt", tokenizer)
+    texts.write_for_chat("calibration", WORK / "calibration.txt", _tokenizer(base))
     texts.write("heldout", WORK / "heldout.txt")
     output = WORK / "eigen"
     arguments = ["calibrate", str(base), "--output", str(output), "--overwrite"]
@@ -162,11 +160,15 @@ def _command(arguments: Sequence[str], stdout: int | None = None) -> str:
 
 def _tokens(base: Path) -> list[int]:
     """The held-out text."""
+    text = (WORK / "heldout.txt").read_text(encoding="utf-8")
+    return list(_tokenizer(base)(text, verbose=False)["input_ids"])
+
+
+@cache
+def _tokenizer(base: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    text = (WORK / "heldout.txt").read_text(encoding="utf-8")
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    return AutoTokenizer.from_pretrained(base)
 
 
 if __name__ == "__main__":

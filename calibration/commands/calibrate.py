@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from vllm_eigen.checkpoint.config import EigenConfig
 
 DEVICE_HELP = "to compute on (default: a GPU if there is one)"
-_UNRECORDED = (
-    "--output", "--overwrite", "--resume", "--quiet", "--push", "--license", "--private",
-)  # fmt: skip
+_UNRECORDED_WITH_VALUE = ("--output", "--push", "--license")
+_UNRECORDED = (*_UNRECORDED_WITH_VALUE, "--overwrite", "--resume", "--quiet", "--private")
 HELP = "compress a model's KV cache: calibrate, fold, write a checkpoint"
 
 
@@ -149,7 +148,7 @@ def _record(arguments: Sequence[str]) -> dict[str, Any]:
         name, _, value = item.partition("=")
         if not skip and name not in _UNRECORDED:
             kept.append(item)
-        skip = name in ("--output", "--push", "--license") and not value
+        skip = name in _UNRECORDED_WITH_VALUE and not value
     record = collect(["vllm-eigen", *kept])
     del record["date"]
     return record

@@ -232,6 +232,21 @@ def step_of(problem: Problem) -> Step:
     )
 
 
+def attending(problem: Problem, sequence: int, head: int, token: int) -> torch.Tensor:
+    """`[num_tokens, num_heads]`, which rows attend to a token of a head of the cache."""
+    case = problem.case
+    old, new = case.sequences[sequence]
+    position = old + torch.arange(new)
+    seen = position >= token
+    if case.window is not None:
+        seen &= token > position - case.window
+    rows = torch.zeros(problem.query.shape[0] - 1, case.num_heads, dtype=torch.bool)
+    heads = case.num_heads // case.num_kv_heads
+    start = int(problem.query_start_loc[sequence])
+    rows[start : start + new, head * heads : (head + 1) * heads] = seen[:, None]
+    return rows
+
+
 def run(kernels: Kernels, problem: Problem, *, free_outside_window: bool = False) -> torch.Tensor:
     """Write every sequence into a cache full of NaN, then attend; `[num_tokens, heads, rank_v]`.
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Case, Problem, make, poisoned, run, tolerance
+from tests.kernels.cases import Case, attending, make, poisoned, run, tolerance
 from tests.kernels.strategies import cases
 from vllm_eigen.checkpoint.codes import Code
 from vllm_eigen.kernels import Kernels, load
@@ -29,21 +29,6 @@ def kernels(backend: str) -> Kernels:
 def nan_of(dtype: torch.dtype, all_ones: bool) -> torch.Tensor:
     """Torch's NaN, or the one whose bits are all set, which rounding its bits would destroy."""
     return poisoned((1,), dtype)[0] if all_ones else torch.tensor(float("nan"), dtype=dtype)
-
-
-def attending(problem: Problem, sequence: int, head: int, token: int) -> torch.Tensor:
-    """`[num_tokens, num_heads]`, which rows attend to a token of a head of the cache."""
-    case = problem.case
-    old, new = case.sequences[sequence]
-    position = old + torch.arange(new)
-    seen = position >= token
-    if case.window is not None:
-        seen &= token > position - case.window
-    rows = torch.zeros(problem.query.shape[0] - 1, case.num_heads, dtype=torch.bool)
-    heads = case.num_heads // case.num_kv_heads
-    start = int(problem.query_start_loc[sequence])
-    rows[start : start + new, head * heads : (head + 1) * heads] = seen[:, None]
-    return rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -36,7 +36,7 @@ def test_contents(wheel: Path) -> None:
         assert {path.relative_to(ROOT).as_posix() for path in files} <= packed
     assert "vllm_eigen/py.typed" in packed
     assert [name for name in packed if name.endswith(".so")] == [
-        f"{LIBRARIES}/{compiler.library_name(build.chosen_isa())}"
+        f"{LIBRARIES}/{compiler.name_of_library(build.chosen_isa())}"
     ]
     assert wheel.name.split("-", 2)[2].startswith("py3-none-linux_")
 

@@ -79,7 +79,8 @@ def test_push(checkpoint: Path, fake: Hub, command: Command) -> None:
     assert stored["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
     assert fake.private[REPOSITORY]
     data = fake.card().data
-    assert (data.license, data.library_name, data.pipeline_tag) == (
+    fields = data.to_dict()
+    assert (fields["license"], fields["library_name"], fields["pipeline_tag"]) == (
         "mit",
         "vllm",
         "text-generation",

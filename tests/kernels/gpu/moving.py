@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.kernels.cases import Case, expected, make, run, tolerance
+from tests.kernels.cases import Case, attending, expected, make, run, tolerance
 from vllm_eigen.kernels import Latents, LayerSpec, Plan, PlanGeometry, PreparedLayer, Step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -168,13 +168,12 @@ def with_nan(case: Case, place: str) -> tuple[torch.Tensor, torch.Tensor, torch.
     clean = run(Moving(1), problem)
     reached = torch.zeros(clean.shape[:2], dtype=torch.bool)
     for sequence, token in ((0, case.sequences[0][0] - 4), (1, 11)):
-        start, end = problem.query_start_loc[sequence : sequence + 2].tolist()
         if place == "query":
+            start = int(problem.query_start_loc[sequence])
             problem.query[start, 1, 3] = torch.nan
             reached[start, 1] = True
         else:
             rows = (problem.keys if place == "key" else problem.values)[sequence]
             rows[token, 1, 3] = torch.nan
-            old = case.sequences[sequence][0]
-            reached[start:end, 1] = old + torch.arange(end - start) >= token
+            reached |= attending(problem, sequence, 1, token)
     return run(Moving(1), problem), clean, reached

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from vllm_eigen.common.cache import CACHE_VARIABLE, user_cache
 from vllm_eigen.common.errors import KernelError
-from vllm_eigen.kernels.cpu.compiler import ISA_LEVELS, SHIPPED, build_library, library_name
+from vllm_eigen.kernels.cpu.compiler import ISA_LEVELS, SHIPPED, build_library, name_of_library
 
 ISA_VARIABLE = "EIGEN_CPU_ISA"
 LOCK_SECONDS = 300.0
@@ -62,7 +62,7 @@ def chosen_isa() -> str:
 
 def find(isa: str, extra_flags: tuple[str, ...] = ()) -> Path | None:
     """The built kernels for `isa`, from the wheel or the user's cache; None if there are none."""
-    name = library_name(isa, extra_flags)
+    name = name_of_library(isa, extra_flags)
     return next((p for p in (SHIPPED / name, user_cache() / name) if p.exists()), None)
 
 
@@ -78,7 +78,7 @@ def compiled(isa: str, extra_flags: tuple[str, ...] = ()) -> Path:
     if (path := find(isa, extra_flags)) is not None:
         return path
     folder = user_cache()
-    path = folder / library_name(isa, extra_flags)
+    path = folder / name_of_library(isa, extra_flags)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):

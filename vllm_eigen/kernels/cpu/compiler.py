@@ -49,7 +49,7 @@ def machine_levels() -> list[str]:
     return [name for name, needed in ISA_LEVELS.items() if x86 or not needed]
 
 
-def library_name(isa: str, extra_flags: tuple[str, ...] = ()) -> str:
+def name_of_library(isa: str, extra_flags: tuple[str, ...] = ()) -> str:
     """File name of the kernels for `isa`: it carries a hash of sources and flags."""
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.rglob("*.h"), *SOURCES.glob("*.cpp")]):
@@ -71,7 +71,7 @@ def build_library(isa: str, folder: Path, extra_flags: tuple[str, ...] = ()) -> 
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if not compiler:
         raise KernelError("the CPU kernels need a C++ compiler: install g++ (apt install g++)")
-    path = folder / library_name(isa, extra_flags)
+    path = folder / name_of_library(isa, extra_flags)
     flags = (*COMPILE_FLAGS, *_isa_flags(isa), *extra_flags)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         compiled, linked = Path(scratch, "kernels.o"), Path(scratch, path.name)
