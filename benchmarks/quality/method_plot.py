@@ -26,7 +26,9 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     )
     methods = list(dict.fromkeys(row.method for row in rows))
     usual = {
-        model: statistics.mode(row.samples for row in rows if row.model == model)
+        model: statistics.mode(
+            (row.samples, row.test_seq_len) for row in rows if row.model == model
+        )
         for model in models
     }
     for axis, model in zip(axes.flat, models, strict=False):
@@ -34,7 +36,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             mine = [
                 row
                 for row in rows
-                if (row.model, row.method, row.samples) == (model, method, usual[model])
+                if (row.model, row.method) == (model, method)
+                and (row.samples, row.test_seq_len) == usual[model]
             ]
             mine.sort(key=lambda row: row.kv_ratio)
             if mine:

@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from vllm_eigen.benchmarks.lib.results import write_csv
+from vllm_eigen.benchmarks.quality.plain_caches import PLAIN_CACHES
 
 NOTE = (
-    "Relative perplexity increase in percent by KV ratio, ± two standard errors over the test "
-    "windows (paired), and in parentheses the percentage of positions where the likeliest token "
-    "stays the same. Float32 in plain transformers, not the engine. `NAME:G` has G KV heads to a "
+    "By KV ratio, the bytes of the cache relative to bfloat16: relative perplexity increase in "
+    "percent, KL divergence from the uncompressed model in nats a token, and the percentage of "
+    "positions where the likeliest token stays the same, each ± two standard errors over the test "
+    "windows (paired). Float32 in plain transformers, not the engine. `NAME:G` has G KV heads to a "
     "latent head, `post-rope` caches keys after the rotary embedding, `no-refit` keeps the "
-    "output projections. Made by `vllm-eigen bench quality`; commands, versions and machine are in "
-    "the JSON beside it."
+    "output projections; `windows` is how many calibrated it, `time` how long that took, with the "
+    "allocation (wall time on a shared machine; `-`: not recorded). Made by `vllm-eigen bench "
+    "quality`; commands, versions and machine are in the JSON beside it."
 )
 
 
@@ -32,6 +36,9 @@ class Row:
         kl: KL(base || compressed) per token, in nats.
         top1: agreement of the likeliest tokens, in percent.
         samples, seq_len: windows of the calibration and their tokens.
+        test_seq_len: tokens of a test window.
+        kl_noise, top1_noise: two standard errors; NaN where an older run did not record them.
+        seconds: wall time of calibration and allocation; NaN likewise, and without calibration.
     """
 
     model: str
@@ -49,11 +56,16 @@ class Row:
     tokens: int
     rank_k: str
     rank_v: str
+    test_seq_len: int
+    kl_noise: float = math.nan
+    top1_noise: float = math.nan
+    seconds: float = math.nan
 
     @property
-    def key(self) -> tuple[str, str, int, float]:
+    def key(self) -> tuple[str, str, int, int, int, float]:
         """What makes a row unique."""
-        return (self.model, self.method, self.samples, self.kv_ratio)
+        windows = (self.samples, self.seq_len, self.test_seq_len)
+        return (self.model, self.method, *windows, self.kv_ratio)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -77,28 +89,33 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One table a model: a line per method, a column per ratio."""
+    """One table for each model and length of the test windows, from many bytes to few."""
     parts = ["# Quality of the calibration methods", "", NOTE]
-    for model in dict.fromkeys(row.model for row in rows):
-        mine = [row for row in rows if row.model == model]
-        ratios = sorted({row.kv_ratio for row in mine}, reverse=True)
+    for model, length in dict.fromkeys((row.model, row.test_seq_len) for row in rows):
+        mine = [row for row in rows if (row.model, row.test_seq_len) == (model, length)]
+        mine.sort(key=lambda row: (-row.kv_ratio, row.method, row.samples))
         first = mine[0]
         parts += [
             "",
-            f"## {model}",
+            f"## {model}, test windows of {length} tokens",
             "",
-            f"Perplexity {first.base_perplexity:.3f} uncompressed, {first.tokens} test tokens, "
-            f"windows of {first.seq_len}.",
+            f"Perplexity {first.base_perplexity:.3f} uncompressed.",
             "",
-            "| method | samples | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
-            "|---|---|" + "---|" * len(ratios),
+            "| KV ratio | method | windows | perplexity, % | KL | same token, % | time, s |",
+            "|---|---|---|---|---|---|---|",
         ]
-        for method, samples in dict.fromkeys((row.method, row.samples) for row in mine):
-            cells = {
-                row.kv_ratio: f"{row.increase:+.2f} ± {row.noise:.2f} ({row.top1:.1f})"
-                for row in mine
-                if (row.method, row.samples) == (method, samples)
-            }
-            line = " | ".join(cells.get(ratio, "-") for ratio in ratios)
-            parts.append(f"| {method} | {samples} | {line} |")
+        for row in mine:
+            plain = row.method in PLAIN_CACHES
+            windows = "-" if plain else f"{row.samples} x {row.seq_len}"
+            kl = _spread(row.kl, row.kl_noise, ".5f")
+            top1 = _spread(row.top1, row.top1_noise, ".2f")
+            seconds = "-" if math.isnan(row.seconds) else f"{row.seconds:.0f}"
+            parts.append(
+                f"| {row.reached:.2f} | {row.method} | {windows} "
+                f"| {row.increase:+.2f} ± {row.noise:.2f} | {kl} | {top1} | {seconds} |"
+            )
     return "\n".join(parts) + "\n"
+
+
+def _spread(value: float, noise: float, form: str) -> str:
+    return f"{value:{form}}" + ("" if math.isnan(noise) else f" ± {noise:{form}}")

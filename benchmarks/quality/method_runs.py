@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,9 @@ class MethodRuns:
         self._model = LayerwiseModel(self._source, pick_device(args.device))
         self._reporter = reporter
         tokenizer, size = self._source.tokenizer(), self._source.vocab_size
-        length = min(args.seq_len, self._source.max_positions)
+        positions = self._source.max_positions
+        length = min(args.seq_len, positions)
+        self._test_length = min(args.test_seq_len or length, positions)
         self._calibration = sample_windows(
             read_files(args.text),
             tokenizer,
@@ -87,7 +90,7 @@ class MethodRuns:
         test = all_windows(
             read_files(args.test),
             tokenizer,
-            length=length,
+            length=self._test_length,
             vocab_size=size,
             limit=args.test_tokens,
         )
@@ -99,16 +102,21 @@ class MethodRuns:
             return [self._plain(variant, PLAIN_CACHES[variant.method])]
         recipe = variant.recipe(self._source)
         job = Job(self._model, recipe, self._calibration, State(), self._reporter)
+        began = time.monotonic()
         calibrator = calibrator_of(job, Target(min(ratios)))
+        calibration = time.monotonic() - began
         rows = []
         for ratio in ratios:
+            began = time.monotonic()
             try:
                 allocation = calibrator.allocate(Target(ratio))
             except UsageError as error:
                 self._reporter.note(f"{variant.label}: {error}")
                 continue
             compressed = calibrator.compress(allocation.ranks)
-            rows.append(self._row(variant, ratio, compressed, compressed.kv_ratio))
+            seconds = calibration + time.monotonic() - began
+            reached = compressed.kv_ratio
+            rows.append(self._row(variant, ratio, compressed, reached, seconds=seconds))
         return rows
 
     def _plain(self, variant: Variant, cache: PlainCache) -> Row:
@@ -125,7 +133,7 @@ class MethodRuns:
             self._source.family.key_modes[-1],
         )
         ratio = cache.bytes_per_head(size) / (2 * size)
-        return self._row(variant, round(ratio, 4), compressed, ratio, cache.cache)
+        return self._row(variant, round(ratio, 4), compressed, ratio, cache=cache.cache)
 
     def _row(
         self,
@@ -133,12 +141,15 @@ class MethodRuns:
         ratio: float,
         compressed: TruncatedModel,
         reached: float,
+        *,
         cache: LayerCache | None = None,
+        seconds: float = math.nan,
     ) -> Row:
         windows = self._held_out.quality_by_window(compressed, cache)
         base = statistics.fmean(math.log(item.base_perplexity) for item in windows)
         gaps = [math.log(item.eigen_perplexity / item.base_perplexity) for item in windows]
-        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+        losses = [item.kl_per_token for item in windows]
+        same = [100 * item.top1_agreement for item in windows]
         growth = math.exp(statistics.fmean(gaps))
         row = Row(
             model=self._source.name,
@@ -150,15 +161,26 @@ class MethodRuns:
             base_perplexity=round(math.exp(base), 5),
             perplexity=round(math.exp(base) * growth, 5),
             increase=round(100 * (growth - 1), 3),
-            noise=round(200 * error * growth, 3),
-            kl=round(statistics.fmean(item.kl_per_token for item in windows), 6),
-            top1=round(100 * statistics.fmean(item.top1_agreement for item in windows), 2),
+            noise=round(100 * _two_errors(gaps) * growth, 3),
+            kl=round(statistics.fmean(losses), 6),
+            top1=round(statistics.fmean(same), 2),
             tokens=sum(item.tokens for item in windows),
             rank_k=" ".join(str(item.rank_k) for item in compressed.ranks),
             rank_v=" ".join(str(item.rank_v) for item in compressed.ranks),
+            test_seq_len=self._test_length,
+            kl_noise=round(_two_errors(losses), 6),
+            top1_noise=round(_two_errors(same), 2),
+            seconds=round(seconds, 1),
         )
         self._reporter.note(
             f"{row.model} {variant.label} {row.reached:g}: {row.increase:+.2f} % "
             f"(noise {row.noise:.2f}), KL {row.kl:.5f}"
         )
         return row
+
+
+def _two_errors(values: Sequence[float]) -> float:
+    """Two standard errors of the mean; NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    return 2 * statistics.stdev(values) / math.sqrt(len(values))

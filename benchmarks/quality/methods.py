@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, default=128, help="windows (%(default)s)")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens a window (%(default)s)")
+    parser.add_argument(
+        "--test-seq-len", type=int, metavar="N", help="tokens a test window (as --seq-len)"
+    )
     parser.add_argument("--test-tokens", type=int, default=40_000, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     parser.add_argument(

@@ -28,11 +28,33 @@ def test_labels_name_method_group_and_key_cache() -> None:
 
 
 def test_rows_survive_the_csv_and_reach_the_table(tmp_path: Path) -> None:
-    row = Row("m", "paper", 8, 16, 0.5, 0.5, 2.0, 2.2, 10.0, 0.5, 0.01, 91.0, 99, "1 2", "3 4")
+    row = Row(
+        "m",
+        "paper",
+        8,
+        16,
+        0.5,
+        0.5,
+        2.0,
+        2.2,
+        10.0,
+        0.5,
+        0.01,
+        91.0,
+        99,
+        "1 2",
+        "3 4",
+        16,
+        0.002,
+        1.5,
+        30.0,
+    )
     write_rows(tmp_path / "t.csv", [row])
     assert read_rows(tmp_path / "t.csv") == [row]
     assert read_rows(tmp_path / "none.csv") == []
-    assert "| paper | 8 | +10.00 ± 0.50 (91.0) |" in markdown([row])
+    assert "| paper | 8 x 16 | +10.00 ± 0.50 | 0.01000 ± 0.00200 | 91.00 ± 1.50 | 30 |" in markdown(
+        [row]
+    )
 
 
 def test_one_command_makes_table_plot_and_provenance(
