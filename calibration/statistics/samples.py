@@ -54,21 +54,26 @@ def cached_samples(
 ) -> CachedSamples:
     """Samples in a key mode.
 
-    Rotated keys are those of windows that begin anywhere: bases must serve every position.
+    Rotated keys are those of tokens at any position, which bases and steps must serve. Attention
+    depends on distances alone, so that a token's key and gradient may be rotated on together, and
+    every token is by a shift of its own: one shift a window would give the second moments no more
+    rotations than there are windows. The first token stays: the attention sink is at position 0.
 
     Args:
         frequencies: radians a token of each RoPE pair; None where they depend on the length, and
-            windows begin at position 0.
+            tokens stay where they are.
         positions: that the rotary embedding is used for.
     """
     key, gradient = samples.key, samples.key_gradient
     if key_mode.caches_rotated_keys and samples.rotation is not None:
         rotations = [samples.rotation]
         if frequencies is not None:
-            last = max(1, positions - key.shape[1])
+            windows, length = key.shape[:2]
             generator = torch.Generator().manual_seed(0)
-            first = torch.randint(0, last, (len(key), 1, 1), generator=generator)
-            angles = first * frequencies
+            last = max(1, positions - length)
+            shifts = torch.randint(0, last, (windows, length, 1), generator=generator)
+            shifts[:, 0] = 0
+            angles = shifts * frequencies
             shift = Rotation(angles.cos(), angles.sin(), samples.rotation.interleaved)
             rotations.append(shift.to(key))
         for rotation in rotations:

@@ -21,6 +21,7 @@ from vllm_eigen.calibration.model.transformers_model import load_base
 from vllm_eigen.calibration.state import State
 from vllm_eigen.calibration.statistics.positions import Shifts
 from vllm_eigen.calibration.statistics.rotary import Rotation, rotate
+from vllm_eigen.calibration.statistics.samples import LayerSamples, cached_samples
 from vllm_eigen.checkpoint.modes import KeyMode
 from vllm_eigen.common.progress import Reporter
 
@@ -80,6 +81,30 @@ def test_post_rope_bases_know_every_position_a_window_may_begin_at(
         energy = layer_result.bases.key.energy[0]
         expected = torch.linalg.eigvalsh(moment).flip(0)
         torch.testing.assert_close(energy, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_of_rotated_keys_stand_at_every_position() -> None:
+    """Reference: the closed form over all shifts; a few windows must come close to it."""
+    windows, length, positions = 2, 3000, 4096
+    generator = torch.Generator().manual_seed(0)
+    key, slope = torch.randn(2, 1, 1, 1, 8, generator=generator)
+    samples = LayerSamples(
+        *(item.expand(windows, length, 1, 8) for item in (key, key, slope, slope)),
+        rotation=Rotation(torch.ones(1, length, 4), torch.zeros(1, length, 4)),
+    )
+    frequencies = torch.tensor([1.0, 0.1, 0.01, 0.0])
+    cached = cached_samples(samples, KeyMode.POST_ROPE, frequencies, positions)
+    shifts = Shifts(frequencies.double(), positions - length)
+    for found, vector in ((cached.key, key), (cached.key_gradient, slope)):
+        assert torch.equal(found[:, 0], vector[:, 0].expand(windows, 1, 8))  # attention sinks stay
+        rows = found[:, 1:].flatten(0, 2).double()
+        row = vector.flatten()[None].double()
+        expected = shifts.mean(row.T @ row, 8)
+        assert (rows.T @ rows / len(rows) - expected).norm() < 0.05 * expected.norm()
+    torch.testing.assert_close(
+        (cached.key * cached.key_gradient).sum(-1), (samples.key * samples.key_gradient).sum(-1)
+    )
+    assert cached_samples(samples, KeyMode.PRE_ROPE, frequencies, positions).key is samples.key
 
 
 @pytest.mark.parametrize(
