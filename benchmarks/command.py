@@ -23,7 +23,8 @@ BENCHMARKS = {
     "faults": "vllm_eigen.benchmarks.soak.faults",
     "capacity": "vllm_eigen.benchmarks.serving.capacity",
     "quality": "vllm_eigen.benchmarks.quality.methods",
-    "calibration": "vllm_eigen.benchmarks.quality.calibration",
+    "calibration": "vllm_eigen.benchmarks.calibration.command",
+    "predictions": "vllm_eigen.benchmarks.calibration.predictions",
     "served-tasks": "vllm_eigen.benchmarks.quality.served_tasks",
     "needle": "vllm_eigen.benchmarks.quality.needle",
 }

@@ -2,8 +2,7 @@
 """`vllm-eigen bench capacity`: users that a GPU holds, by model, KV ratio and cache type.
 
 Pure arithmetic, the same as `vllm-eigen estimate`; no model is loaded and nothing is measured. The
-models' sizes are described here by hand, as their `config.json` has them. `docs/capacity.md` is
-what it writes.
+models' sizes are those of `benchmarks.lib.shapes`. `docs/capacity.md` is what it writes.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eigen.benchmarks.lib.markdown import table
+from vllm_eigen.benchmarks.lib.shapes import SHAPES
 from vllm_eigen.common.errors import UsageError
 
 HELP = "table of the users a GPU holds, by model, KV ratio and cache type; measures nothing"
@@ -52,52 +52,14 @@ SINGLE = (SMALL, MEDIUM, LARGE, LARGEST)
 SEVERAL = (Device("2 x 80 GB (H100)", 81559, 2), Device("4 x 80 GB (H100)", 81559, 4))
 
 
-def _llama_like(
-    architecture: str,
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    wide: int,
-    vocabulary: int,
-) -> dict[str, Any]:
-    """`config.json` of a rotary model with gated feed-forward layers and 128-wide heads."""
-    return {
-        "architectures": [f"{architecture}ForCausalLM"],
-        "model_type": architecture.lower(),
-        "dtype": "bfloat16",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 128,
-        "intermediate_size": wide,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": False,
-    }
-
-
-_OPT_30B: dict[str, Any] = {
-    "architectures": ["OPTForCausalLM"],
-    "model_type": "opt",
-    "dtype": "float16",
-    "hidden_size": 7168,
-    "word_embed_proj_dim": 7168,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 56,
-    "ffn_dim": 28672,
-    "vocab_size": 50272,
-    "max_position_embeddings": 2048,
-}
-
 MODELS: dict[str, tuple[Mapping[str, Any], tuple[Device, ...]]] = {
-    "Mistral-7B-v0.3": (_llama_like("Mistral", 4096, 32, 32, 8, 14336, 32768), SINGLE),
-    "Qwen2.5-7B": (_llama_like("Qwen2", 3584, 28, 28, 4, 18944, 152064), SINGLE),
-    "Llama-3.1-8B": (_llama_like("Llama", 4096, 32, 32, 8, 14336, 128256), SINGLE),
-    "Qwen3-8B": (_llama_like("Qwen3", 4096, 36, 32, 8, 12288, 151936), SINGLE),
-    "OPT-30B": (_OPT_30B, SINGLE),
+    "Mistral-7B-v0.3": (SHAPES["Mistral-7B-v0.3"], SINGLE),
+    "Qwen2.5-7B": (SHAPES["Qwen2.5-7B"], SINGLE),
+    "Llama-3.1-8B": (SHAPES["Llama-3.1-8B"], SINGLE),
+    "Qwen3-8B": (SHAPES["Qwen3-8B"], SINGLE),
+    "OPT-30B": (SHAPES["OPT-30B"], SINGLE),
     "Llama-3.1-70B": (
-        _llama_like("Llama", 8192, 80, 64, 8, 28672, 128256),
+        SHAPES["Llama-3.1-70B"],
         (*SINGLE, *SEVERAL, Device("2 x 141 GB (H200)", 143771, 2)),
     ),
 }

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from tests.calibration.tiny import WORDS, build_model, save_model
-from vllm_eigen.benchmarks.quality import calibration, calibration_cost, calibration_samples
-from vllm_eigen.benchmarks.quality.calibration_cost import CostRow
-from vllm_eigen.benchmarks.quality.calibration_tables import markdown
+from vllm_eigen.benchmarks.calibration import command, cost
+from vllm_eigen.benchmarks.calibration import samples as windows
+from vllm_eigen.benchmarks.calibration.cost import CostRow
+from vllm_eigen.benchmarks.calibration.tables import markdown
 from vllm_eigen.common.errors import InputError
 
 
 def run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser()
-    calibration.add_arguments(parser)
-    return calibration.run(parser.parse_args(arguments))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 @pytest.mark.slow
@@ -27,10 +28,10 @@ def test_one_command_makes_tables_plot_and_provenance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EIGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibration_samples, "SAMPLES", (2, 4))
-    monkeypatch.setattr(calibration_cost, "LAYERS", (1, 2))
-    monkeypatch.setattr(calibration_cost, "WIDTHS", (128, 128))
-    monkeypatch.setattr(calibration_cost, "SAMPLES", (2, 2))
+    monkeypatch.setattr(windows, "SAMPLES", (2, 4))
+    monkeypatch.setattr(cost, "LAYERS", (1, 2))
+    monkeypatch.setattr(cost, "WIDTHS", (128, 128))
+    monkeypatch.setattr(cost, "SAMPLES", (2, 2))
     model = save_model(build_model("llama", hidden_size=64), tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("<|endoftext|>".join([" ".join(WORDS)] * 12), encoding="utf-8")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_eigen.benchmarks.calibration.cost import LENGTH, CostRow
+from vllm_eigen.benchmarks.calibration.samples import SampleRow
 from vllm_eigen.benchmarks.lib import plots
-from vllm_eigen.benchmarks.quality.calibration_cost import LENGTH, CostRow
-from vllm_eigen.benchmarks.quality.calibration_samples import SampleRow
 
 _COLORS = ("#1f5fa8", "#c4572e", "#4a8f3c", "#8a5fb0")
 

@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
         InputError: a model or text cannot be used.
         EngineError: a calibration failed.
     """
+    from vllm_eigen.benchmarks.calibration.cost import measure_cost
+    from vllm_eigen.benchmarks.calibration.samples import measure_samples
+    from vllm_eigen.benchmarks.calibration.tables import markdown, plot
     from vllm_eigen.benchmarks.lib.results import collect_provenance, write_json, write_text
-    from vllm_eigen.benchmarks.quality.calibration_cost import measure_cost
-    from vllm_eigen.benchmarks.quality.calibration_samples import measure_samples
-    from vllm_eigen.benchmarks.quality.calibration_tables import markdown, plot
     from vllm_eigen.common.progress import Reporter
     from vllm_eigen.common.signals import terminate_as_interrupt
 

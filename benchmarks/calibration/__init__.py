@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration takes: windows of text, seconds and memory."""
