@@ -93,7 +93,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = ["# Quality of the calibration methods", "", NOTE]
     for model, length in dict.fromkeys((row.model, row.test_seq_len) for row in rows):
         mine = [row for row in rows if (row.model, row.test_seq_len) == (model, length)]
-        mine.sort(key=lambda row: (-row.kv_ratio, row.method, row.samples))
+        mine.sort(key=lambda row: (-row.reached, row.method, row.samples))
         first = mine[0]
         parts += [
             "",
