@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-eigen bench faults`: SIGKILL of a server's processes under load, and SIGTERM at the end.
+"""`vllm-eigen bench faults`: SIGKILL of a server's processes under load, and SIGTERM.
 
-The server runs below a supervisor (`supervisor`). With streams open one of its processes is killed:
-every client must learn of it in time, the server must end and be back, and answer. SIGTERM comes
-last: readiness must fail, and every accepted request must complete.
+The server runs below a supervisor (`supervisor`). With streams open (`streams`) one of its
+processes is killed: every client must learn of it in time, the server must end and be back, and
+answer. After SIGTERM readiness must fail within a second (`readiness`), and every accepted request
+must complete. No file of the checkpoint, nor one of the cache, may be another than before.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -21,9 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eigen.benchmarks.soak.readiness import BEFORE_SECONDS, Unready, watch
+from vllm_eigen.benchmarks.soak.streams import follow, streaming
 from vllm_eigen.common.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import httpx
 
     from vllm_eigen.benchmarks.soak.supervisor import Supervisor
@@ -32,9 +36,14 @@ HELP = "kill a server's processes under load: errors in time, restart, nothing h
 PARTS = ("engine", "worker", "api")
 NOTICE_SECONDS = 60.0
 """Within this time every client must know that its request is lost."""
-READY_SECONDS = 240.0
+READY_SECONDS = 600.0
+UNREADY_SECONDS = 1.0
+"""Within this time of SIGTERM `/ready` must fail."""
 DRAIN_SECONDS = 120
 """Enough for the answers that run when SIGTERM comes, also on a busy machine."""
+START_SECONDS = 120.0
+"""Until every stream has its first token."""
+TOKENS = 900
 NAME = "faults"
 LOST = {"error event", "RemoteProtocolError", "ReadError"}
 """How a client learns of it in the middle of an answer."""
@@ -63,11 +72,19 @@ class Kill:
 
 @dataclass(frozen=True)
 class Stop:
-    """What followed SIGTERM: requests accepted before, those that completed, seconds."""
+    """What followed SIGTERM.
+
+    Attributes:
+        accepted: requests that ran when it came.
+        completed: those of them that were answered whole.
+        unready: how `/ready` failed.
+        seconds: until the server was gone.
+        status: of its main process.
+    """
 
     accepted: int
     completed: int
-    unready_seconds: float
+    unready: Unready
     seconds: float
     status: int
 
@@ -137,30 +154,6 @@ class Site:
         raise EngineError("the server did not end")
 
 
-async def follow(client: httpx.AsyncClient, body: dict[str, Any], first: asyncio.Event) -> str:
-    """Follow a stream; returns how it ended: `whole`, `error event`, `cut` or an exception."""
-    import httpx
-
-    seen = "cut"
-    tokens = 0
-    try:
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                return f"status {answer.status_code}"
-            async for line in answer.aiter_lines():
-                first.set()
-                if line.startswith("data: [DONE]"):
-                    whole = tokens == body["max_tokens"] and seen == "cut"
-                    return "whole" if whole else seen
-                if '"error"' in line:
-                    seen = "error event"
-                elif '"usage":{' in line.replace(" ", ""):
-                    tokens = json.loads(line.removeprefix("data:"))["usage"]["completion_tokens"]
-    except httpx.TransportError as error:
-        return type(error).__name__
-    return seen
-
-
 async def kill(site: Site, part: str, *, users: int, tokens: int) -> Kill:
     """Kill a process of the server in the middle of streams, and wait until it is back.
 
@@ -174,21 +167,13 @@ async def kill(site: Site, part: str, *, users: int, tokens: int) -> Kill:
     """
     await site.ready()
     before = len(site.supervisor.statuses)
-
-    async def user(client: httpx.AsyncClient, first: asyncio.Event) -> str:
-        while (outcome := await follow(client, site.body(tokens), first)) == "whole":
-            pass
-        return outcome
-
-    async with site.client() as client:
-        starts = [asyncio.Event() for _ in range(users)]
-        streams = [asyncio.create_task(user(client, event)) for event in starts]
-        async with asyncio.timeout(NOTICE_SECONDS):
-            await asyncio.gather(*(event.wait() for event in starts))
+    async with streaming(site.url, site.body(tokens), users=users, repeat=True) as load:
+        async with asyncio.timeout(START_SECONDS):
+            await load.started()
         os.kill(site.pid(part), signal.SIGKILL)
         killed = time.monotonic()
         async with asyncio.timeout(NOTICE_SECONDS):
-            outcomes = Counter(await asyncio.gather(*streams))
+            outcomes = Counter(await load.outcomes())
         noticed = time.monotonic()
     status = await site.ended(before)
     await site.ready()
@@ -199,42 +184,44 @@ async def kill(site: Site, part: str, *, users: int, tokens: int) -> Kill:
     return Kill(part, dict(outcomes), round(noticed - killed, 2), round(back - killed, 1), status)
 
 
-async def terminate(site: Site, *, users: int, tokens: int) -> Stop:
+async def terminate(site: Site, *, users: int, tokens: int, last: bool = True) -> Stop:
     """SIGTERM in the middle of streams.
 
+    Args:
+        last: the supervisor does not start the server again.
+
     Raises:
-        EngineError: the server did not end.
-        TimeoutError: readiness did not fail.
+        EngineError: the server did not end, or readiness did not fail.
     """
+    import httpx
+
     await site.ready()
     before = len(site.supervisor.statuses)
-    async with site.client() as client, site.client(5.0) as prober:
-        starts = [asyncio.Event() for _ in range(users)]
-        streams = [
-            asyncio.create_task(follow(client, site.body(tokens), event)) for event in starts
-        ]
-        async with asyncio.timeout(NOTICE_SECONDS):
-            await asyncio.gather(*(event.wait() for event in starts))
-        site.supervisor.stop_restarting()
-        os.kill(site.supervisor.process.pid, signal.SIGTERM)
+    pid = site.supervisor.process.pid
+    fresh = httpx.Limits(max_keepalive_connections=0)
+    async with (
+        httpx.AsyncClient(base_url=site.url, timeout=NOTICE_SECONDS, limits=fresh) as prober,
+        streaming(site.url, site.body(tokens), users=users, repeat=False) as load,
+    ):
+        async with asyncio.timeout(START_SECONDS):
+            await load.started()
+        if last:
+            site.supervisor.stop_restarting()
         asked = time.monotonic()
-        async with asyncio.timeout(NOTICE_SECONDS):
-            while (await prober.get("/ready")).status_code == 200:
-                await asyncio.sleep(0.05)
-        unready = time.monotonic()
+        unready = await watch(prober, lambda: os.kill(pid, signal.SIGTERM), NOTICE_SECONDS)
         async with asyncio.timeout(DRAIN_SECONDS + NOTICE_SECONDS):
-            outcomes = await asyncio.gather(*streams)
+            outcomes = await load.outcomes()
     status = await site.ended(before)
-    done = outcomes.count("whole")
-    seconds = time.monotonic() - asked
-    return Stop(users, done, round(unready - asked, 2), round(seconds, 1), status)
+    seconds = time.monotonic() - asked - BEFORE_SECONDS
+    return Stop(users, outcomes.count("whole"), unready, round(seconds, 1), status)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Eigen checkpoint")
     parser.add_argument("--kills", type=int, default=20, help="in turn of each part (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="no kill after so long")
+    parser.add_argument("--terms", type=int, default=10, help="SIGTERMs after them (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="none after so long (60)")
     parser.add_argument("--users", type=int, default=8, help="streams at once (%(default)s)")
     parser.add_argument(
         "--output",
@@ -256,21 +243,21 @@ def run(args: argparse.Namespace) -> int:
     from vllm_eigen.common.progress import Reporter
     from vllm_eigen.common.signals import terminate_as_interrupt
 
-    if min(args.kills, args.users) < 1:
-        raise UsageError("--kills and --users must be above zero")
-    before = _digest(args.model)
+    if min(args.kills, args.terms, args.users) < 1:
+        raise UsageError("--kills, --terms and --users must be above zero")
     with terminate_as_interrupt(), Reporter() as reporter:
-        kills, stop = _server(args, reporter)
-    wrong = violations(kills, stop)
-    if _digest(args.model) != before:
-        wrong.append("a file of the checkpoint has changed")
+        kills, stops, wrong = _server(args, reporter)
+    wrong += violations(kills, stops)
     document = {
         "ok": not wrong, "violations": wrong, "kills": [asdict(item) for item in kills],
-        "stop": asdict(stop), "provenance": collect_provenance(),
-        "settings": {"model": args.model.name, "kills": args.kills, "users": args.users},
+        "stops": [asdict(item) for item in stops], "provenance": collect_provenance(),
+        "settings": {
+            "model": args.model.name, "kills": args.kills, "terms": args.terms,
+            "users": args.users, "tokens": TOKENS,
+        },
     }  # fmt: skip
     write_json(args.output, document)
-    for item in [*kills, stop]:
+    for item in [*kills, *stops]:
         print(item)
     for line in wrong:
         print(f"faults: {line}", file=sys.stderr)
@@ -278,55 +265,76 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(wrong))
 
 
-def violations(kills: list[Kill], stop: Stop | None) -> list[str]:
+def violations(kills: Sequence[Kill], stops: Sequence[Stop]) -> list[str]:
     """What must not be."""
     wrong = []
     for item in kills:
         if not set(item.outcomes) <= LOST | REFUSED or not set(item.outcomes) & LOST:
             wrong.append(f"{item.part}: clients saw {item.outcomes}")
-    if stop is not None:
+    for stop in stops:
         if stop.completed != stop.accepted:
             wrong.append(f"{stop.accepted - stop.completed} accepted requests did not complete")
         if stop.status != 0:
             wrong.append(f"SIGTERM ended the server with status {stop.status}")
+        if stop.unready.client > UNREADY_SECONDS:
+            wrong.append(f"readiness failed {stop.unready.client:.1f} s after SIGTERM")
     return wrong
 
 
-def _server(args: argparse.Namespace, reporter: Any) -> tuple[list[Kill], Stop]:
-    """Start the server, do it, stop it."""
+def changes(before: Mapping[Path, str], after: Mapping[Path, str]) -> list[Path]:
+    """Files of `before` that are gone or have other contents."""
+    return [path for path, digest in before.items() if after.get(path) != digest]
+
+
+def digests(folder: Path) -> dict[Path, str]:
+    """SHA-256 of every file below a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _server(args: argparse.Namespace, reporter: Any) -> tuple[list[Kill], list[Stop], list[str]]:
+    """Start the server, do it, stop it; the last are violations of files."""
     from vllm_eigen.benchmarks.lib.servers import running, set_environment
     from vllm_eigen.benchmarks.soak.supervisor import supervised
+    from vllm_eigen.common.cache import user_cache
 
     options = [
         *("--served-model-name", NAME, "--max-model-len", "1024", "--enforce-eager"),
         *("--kv-cache-memory-bytes", str(64 << 20), "--shutdown-timeout", str(DRAIN_SECONDS)),
     ]
     set_environment(args.model)
+    checkpoint = digests(args.model)
     reporter.note("starting vLLM ...")
     log = args.output.with_suffix(".log")
+    kills: list[Kill] = []
+    stops: list[Stop] = []
+    wrong: list[str] = []
+    faults = [PARTS[number % len(PARTS)] for number in range(args.kills)] + ["TERM"] * args.terms
+    deadline = time.monotonic() + args.minutes * 60
     with (
         running(args.model, *options, log=log) as server,
         supervised(server.process, log) as supervisor,
     ):
         site = Site(supervisor, server.url, NAME)
-        reporter.stage("kills", args.kills)
-        kills: list[Kill] = []
-        deadline = time.monotonic() + args.minutes * 60
-        for number in range(args.kills):
+        kernels = digests(user_cache())
+        reporter.stage("faults", len(faults))
+        for number, fault in enumerate(faults, 1):
+            load = {"users": args.users, "tokens": TOKENS}
+            try:
+                if fault == "TERM":
+                    stops.append(asyncio.run(terminate(site, **load, last=number == len(faults))))
+                else:
+                    kills.append(asyncio.run(kill(site, fault, **load)))
+            except (EngineError, TimeoutError) as error:
+                wrong.append(f"{fault} ({number} of {len(faults)}): {error or 'no answer in time'}")
+            reporter.step()
             if time.monotonic() > deadline:
                 break
-            part = PARTS[number % len(PARTS)]
-            kills.append(asyncio.run(kill(site, part, users=args.users, tokens=900)))
-            reporter.step()
-        return kills, asyncio.run(terminate(site, users=args.users, tokens=900))
-
-
-def _digest(folder: Path) -> str:
-    """Of names and contents below a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").digest()
-            digest.update(path.name.encode() + b"\0" + content)
-    return digest.hexdigest()
+    wrong += [f"{path} has changed" for path in changes(kernels, digests(user_cache()))]
+    if digests(args.model) != checkpoint:
+        wrong.append("a file of the checkpoint has changed")
+    return kills, stops, wrong

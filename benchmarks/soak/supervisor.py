@@ -2,7 +2,8 @@
 """A process supervisor with what matters of compose's `restart: unless-stopped`.
 
 The command is started again whenever its main process ends, whatever its status, after a delay
-that doubles from a tenth of a second; and as in a container, nothing it started outlives it.
+that doubles from a tenth of a second until it has run for ten; and as in a container, nothing it
+started outlives it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+FIRST_DELAY = 0.1
+STEADY_SECONDS = 10.0
+"""A command that ran for so long is restarted after the first delay again, as Docker does it."""
 
 
 class Supervisor:
@@ -42,10 +48,13 @@ class Supervisor:
         self._thread.join(30)
 
     def _loop(self) -> None:
-        delay = 0.1
+        delay = FIRST_DELAY
         while True:
+            began = time.monotonic()
             self.statuses.append(self.process.wait())
             _end_group(self.process.pid)
+            if time.monotonic() - began > STEADY_SECONDS:
+                delay = FIRST_DELAY
             if self._stopped.wait(delay):
                 return
             delay *= 2

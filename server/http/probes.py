@@ -26,7 +26,10 @@ async def ready(request: Request) -> Response:
     state = request.app.state
     drain: DrainState = state.eigen_drain
     server = getattr(state, "server", None)
-    if drain.draining or (server is not None and server.should_exit):
+    if drain.draining:
+        since = f"{drain.draining_seconds:.3f} s ago"
+        return error_response(503, f"the server began to shut down {since}")
+    if server is not None and server.should_exit:
         return error_response(503, "the server is shutting down")
     if not drain.serving:
         return error_response(503, "the server is starting")

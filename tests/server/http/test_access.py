@@ -143,7 +143,7 @@ async def test_ready_follows_the_life_of_the_server(build: Build) -> None:
         assert (await status("/health"), await status("/ready")) == (200, 503)
         drain.serving = True
         assert (await status("/health"), await status("/ready")) == (200, 200)
-        drain.draining = True
+        drain.begin()
         assert (await status("/health"), await status("/ready")) == (200, 503)
 
 

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.server.conftest import ENVIRONMENT, NAME, Fleet
-from vllm_eigen.benchmarks.soak.faults import Kill, Site, Stop, kill, violations
+from vllm_eigen.benchmarks.soak.faults import (
+    Kill,
+    Site,
+    Stop,
+    changes,
+    digests,
+    kill,
+    violations,
+)
+from vllm_eigen.benchmarks.soak.readiness import Probe, Unready, judge
 from vllm_eigen.benchmarks.soak.supervisor import supervised
+from vllm_eigen.common.errors import EngineError
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +56,32 @@ async def test_a_killed_process_is_noticed_and_replaced(supervised_site: Site, p
 
 def test_what_must_not_be_is_found() -> None:
     good = Kill("engine", {"error event": 3, "status 503": 1}, 0.1, 20.0, 1)
-    assert violations([good], Stop(4, 4, 0.1, 3.0, 0)) == []
+    soon, late = Unready(0.2, 0.0, 0.1), Unready(1.1, 0.0, 0.1)
+    assert violations([good], [Stop(4, 4, soon, 3.0, 0)]) == []
     silent = Kill("worker", {"cut": 1, "error event": 3}, 0.1, 20.0, 1)
     unnoticed = Kill("api", {"ConnectError": 4}, 0.1, 20.0, 1)
-    assert len(violations([silent, unnoticed], Stop(4, 3, 0.1, 3.0, -15))) == 4
+    assert len(violations([silent, unnoticed], [Stop(4, 3, late, 3.0, -15)])) == 5
+
+
+def test_readiness_counts_from_the_signal_to_the_last_acceptance() -> None:
+    before = [Probe(9.0, 9.1, 200), Probe(9.1, 9.4, 200)]
+    refusal = "the server began to shut down 0.250 s ago"
+    after = [
+        Probe(10.0, 10.1, 503, "the server began to shut down 0.050 s ago"),  # one of two processes
+        Probe(10.1, 10.2, 200),
+        Probe(10.2, 10.3, 503, refusal),
+        Probe(10.3, 10.4, 503, refusal),
+    ]
+    assert judge(before, 10.0, after) == Unready(client=0.3, server=0.05, slowest_before=0.3)
+    with pytest.raises(EngineError, match="ready after the signal"):
+        judge(before, 10.0, after[:2])
+
+
+def test_changed_files_are_found(tmp_path: Path) -> None:
+    for name in ("kept", "changed", "gone"):
+        (tmp_path / name).write_text(name)
+    before = digests(tmp_path)
+    (tmp_path / "changed").write_text("half")
+    (tmp_path / "gone").unlink()
+    (tmp_path / "new").write_text("")
+    assert changes(before, digests(tmp_path)) == [tmp_path / "changed", tmp_path / "gone"]
