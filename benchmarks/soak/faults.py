@@ -34,16 +34,17 @@ if TYPE_CHECKING:
 
 HELP = "kill a server's processes under load: errors in time, restart, nothing half written"
 PARTS = ("engine", "worker", "api")
+TERM = "SIGTERM"
 NOTICE_SECONDS = 60.0
 """Within this time every client must know that its request is lost."""
 READY_SECONDS = 600.0
 UNREADY_SECONDS = 1.0
 """Within this time of SIGTERM `/ready` must fail."""
-DRAIN_SECONDS = 120
+DRAIN_SECONDS = 300
 """Enough for the answers that run when SIGTERM comes, also on a busy machine."""
 START_SECONDS = 120.0
 """Until every stream has its first token."""
-TOKENS = 900
+TOKENS = 600
 NAME = "faults"
 LOST = {"error event", "RemoteProtocolError", "ReadError"}
 """How a client learns of it in the middle of an answer."""
@@ -220,7 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Eigen checkpoint")
     parser.add_argument("--kills", type=int, default=20, help="in turn of each part (%(default)s)")
-    parser.add_argument("--terms", type=int, default=10, help="SIGTERMs after them (%(default)s)")
+    parser.add_argument("--terms", type=int, default=10, help="SIGTERMs between them (%(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="none after so long (60)")
     parser.add_argument("--users", type=int, default=8, help="streams at once (%(default)s)")
     parser.add_argument(
@@ -281,6 +282,13 @@ def violations(kills: Sequence[Kill], stops: Sequence[Stop]) -> list[str]:
     return wrong
 
 
+def order(kills: int, terms: int) -> list[str]:
+    """Kills of each part in turn, with SIGTERMs evenly between them, the last of all a SIGTERM."""
+    parts = [(number / kills, PARTS[number % len(PARTS)]) for number in range(kills)]
+    stops = [((number + 1) / terms, TERM) for number in range(terms)]
+    return [fault for _, fault in sorted(parts + stops, key=lambda item: item[0])]
+
+
 def changes(before: Mapping[Path, str], after: Mapping[Path, str]) -> list[Path]:
     """Files of `before` that are gone or have other contents."""
     return [path for path, digest in before.items() if after.get(path) != digest]
@@ -313,7 +321,7 @@ def _server(args: argparse.Namespace, reporter: Any) -> tuple[list[Kill], list[S
     kills: list[Kill] = []
     stops: list[Stop] = []
     wrong: list[str] = []
-    faults = [PARTS[number % len(PARTS)] for number in range(args.kills)] + ["TERM"] * args.terms
+    faults = order(args.kills, args.terms)
     deadline = time.monotonic() + args.minutes * 60
     with (
         running(args.model, *options, log=log) as server,
@@ -325,7 +333,7 @@ def _server(args: argparse.Namespace, reporter: Any) -> tuple[list[Kill], list[S
         for number, fault in enumerate(faults, 1):
             load = {"users": args.users, "tokens": TOKENS}
             try:
-                if fault == "TERM":
+                if fault == TERM:
                     stops.append(asyncio.run(terminate(site, **load, last=number == len(faults))))
                 else:
                     kills.append(asyncio.run(kill(site, fault, **load)))
