@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,12 +107,44 @@ async def test_running_work_is_awaited_and_new_work_refused(app: FastAPI) -> Non
         assert 0 < engine.left < 5
 
 
-async def test_open_connections_are_bounded_before_serving() -> None:
+def serving_app() -> FastAPI:
     app = FastAPI()
     KVCacheEndpoints().attach_router(app)
-    app.state.server = SimpleNamespace(config=SimpleNamespace(timeout_graceful_shutdown=None))
+    app.state.server = SimpleNamespace(
+        config=SimpleNamespace(timeout_graceful_shutdown=None), should_exit=False
+    )
+    return app
+
+
+async def test_open_connections_are_bounded_before_serving() -> None:
+    app = serving_app()
     async with app.router.lifespan_context(app):
         assert app.state.server.config.timeout_graceful_shutdown == CLOSE_SECONDS
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_draining_begins_in_the_handler_of_the_signal(number: signal.Signals) -> None:
+    """Before the event loop has its next turn, and vLLM's own handler still runs in that."""
+    app = serving_app()
+    drain = app.state.eigen_drain
+    drain.serving = True
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(number, told.set)  # as vLLM does before the lifespan begins
+    try:
+        theirs = signal.getsignal(number)
+        async with app.router.lifespan_context(app), client(app) as http:
+            assert (await http.get("/ready")).status_code == 200
+            signal.raise_signal(number)
+            assert drain.draining
+            assert not told.is_set()
+            await asyncio.wait_for(told.wait(), 10)
+            answer = await http.get("/ready")
+            assert answer.status_code == 503
+            assert re.search(r"began to shut down \d+\.\d+ s ago", answer.text)
+        assert signal.getsignal(number) == theirs
+    finally:
+        loop.remove_signal_handler(number)
 
 
 def test_waiting_is_bounded() -> None:

@@ -26,8 +26,8 @@ STREAMED = {
 TOKENS = 1500
 """Enough to be generating still when the late request comes."""
 READY_SECONDS = 60
-"""Within which `/ready` fails: this process reads the long answers meanwhile, beside other tests.
-On an idle machine it is about two seconds of the twenty that the answers take."""
+"""Within which this process hears that `/ready` fails: it reads the long answers meanwhile, beside
+other tests. `bench faults` measures it from a process that does nothing else."""
 
 
 async def test_sigterm_drains(guarded: ServerProcess) -> None:
