@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,12 @@ from vllm_eigen.benchmarks.soak.streams import follow, streaming
 from vllm_eigen.common.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import httpx
 
     from vllm_eigen.benchmarks.soak.supervisor import Supervisor
+    from vllm_eigen.common.progress import Reporter
 
 HELP = "kill a server's processes under load: errors in time, restart, nothing half written"
 PARTS = ("engine", "worker", "api")
@@ -88,6 +89,15 @@ class Stop:
     unready: Unready
     seconds: float
     status: int
+
+
+@dataclass
+class Record:
+    """What was found so far; `errors` are faults after which the server did not come back."""
+
+    kills: list[Kill] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -246,20 +256,20 @@ def run(args: argparse.Namespace) -> int:
 
     if min(args.kills, args.terms, args.users) < 1:
         raise UsageError("--kills, --terms and --users must be above zero")
+    record = Record()
+
+    def save() -> None:
+        """After every fault: what was found stays if the run is interrupted."""
+        wrong = [*record.errors, *violations(record.kills, record.stops)]
+        settings = {name: getattr(args, name) for name in ("kills", "terms", "users")}
+        settings |= {"model": args.model.name, "tokens": TOKENS}
+        document = {"ok": not wrong, "violations": wrong, **asdict(record), "settings": settings}
+        write_json(args.output, {**document, "provenance": collect_provenance()})
+
     with terminate_as_interrupt(), Reporter() as reporter:
-        kills, stops, wrong = _server(args, reporter)
-    wrong += violations(kills, stops)
-    document = {
-        "ok": not wrong, "violations": wrong, "kills": [asdict(item) for item in kills],
-        "stops": [asdict(item) for item in stops], "provenance": collect_provenance(),
-        "settings": {
-            "model": args.model.name, "kills": args.kills, "terms": args.terms,
-            "users": args.users, "tokens": TOKENS,
-        },
-    }  # fmt: skip
-    write_json(args.output, document)
-    for item in [*kills, *stops]:
-        print(item)
+        _server(args, reporter, record, save)
+    save()
+    wrong = [*record.errors, *violations(record.kills, record.stops)]
     for line in wrong:
         print(f"faults: {line}", file=sys.stderr)
     print("faults: " + ("FAILED" if wrong else "passed") + f"; {args.output}")
@@ -304,8 +314,10 @@ def digests(folder: Path) -> dict[Path, str]:
     return found
 
 
-def _server(args: argparse.Namespace, reporter: Any) -> tuple[list[Kill], list[Stop], list[str]]:
-    """Start the server, do it, stop it; the last are violations of files."""
+def _server(
+    args: argparse.Namespace, reporter: Reporter, record: Record, save: Callable[[], None]
+) -> None:
+    """Start the server, do it, stop it."""
     from vllm_eigen.benchmarks.lib.servers import running, set_environment
     from vllm_eigen.benchmarks.soak.supervisor import supervised
     from vllm_eigen.common.cache import user_cache
@@ -318,9 +330,6 @@ def _server(args: argparse.Namespace, reporter: Any) -> tuple[list[Kill], list[S
     checkpoint = digests(args.model)
     reporter.note("starting vLLM ...")
     log = args.output.with_suffix(".log")
-    kills: list[Kill] = []
-    stops: list[Stop] = []
-    wrong: list[str] = []
     faults = order(args.kills, args.terms)
     deadline = time.monotonic() + args.minutes * 60
     with (
@@ -334,15 +343,21 @@ def _server(args: argparse.Namespace, reporter: Any) -> tuple[list[Kill], list[S
             load = {"users": args.users, "tokens": TOKENS}
             try:
                 if fault == TERM:
-                    stops.append(asyncio.run(terminate(site, **load, last=number == len(faults))))
+                    stop = terminate(site, **load, last=number == len(faults))
+                    record.stops.append(asyncio.run(stop))
+                    reporter.note(str(record.stops[-1]))
                 else:
-                    kills.append(asyncio.run(kill(site, fault, **load)))
+                    record.kills.append(asyncio.run(kill(site, fault, **load)))
+                    reporter.note(str(record.kills[-1]))
             except (EngineError, TimeoutError) as error:
-                wrong.append(f"{fault} ({number} of {len(faults)}): {error or 'no answer in time'}")
+                why = error or "no answer in time"
+                record.errors.append(f"{fault}, {number} of {len(faults)}: {why}")
+                reporter.note(record.errors[-1])
+            save()
             reporter.step()
             if time.monotonic() > deadline:
                 break
-    wrong += [f"{path} has changed" for path in changes(kernels, digests(user_cache()))]
+    changed = changes(kernels, digests(user_cache()))
+    record.errors += [f"{path.name} in the cache has changed" for path in changed]
     if digests(args.model) != checkpoint:
-        wrong.append("a file of the checkpoint has changed")
-    return kills, stops, wrong
+        record.errors.append("a file of the checkpoint has changed")

@@ -2,7 +2,7 @@
 """Stands in for `vllm-eigen`, so that the entry point can be tested as a process in a second.
 
 `calibrate` writes a folder after MOCK_SECONDS; `serve` answers `/health` until SIGTERM. Both append
-their command line to MOCK_LOG.
+their command line to MOCK_LOG, and the variables `LOGGED`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+
+LOGGED = ("VLLM_API_KEY", "HF_TOKEN")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -34,7 +36,9 @@ def option(name: str) -> str:
 
 def main() -> int:
     with Path(os.environ["MOCK_LOG"]).open("a") as log:
-        log.write(json.dumps({"argv": sys.argv[1:], "pid": os.getpid()}) + "\n")
+        variables = {name: os.environ[name] for name in LOGGED if name in os.environ}
+        entry = {"argv": sys.argv[1:], "pid": os.getpid(), "environment": variables}
+        log.write(json.dumps(entry) + "\n")
     if sys.argv[1] == "calibrate":
         time.sleep(float(os.environ.get("MOCK_SECONDS", "0")))
         if "--fail" in sys.argv:

@@ -8,6 +8,7 @@ import importlib.resources
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def test_ours_write_to_volumes_and_memory_alone(services: dict[str, Any]) -> Non
     for name in ("eigen", "baseline", "load"):
         service = services[name]
         assert service["read_only"], name
-        assert service["mem_limit"] == 0, name
+        assert service["mem_limit"] == service["cpus"] == 0, name
+        assert service["pids_limit"] > 0, name
         assert {item.split(":")[0] for item in service["tmpfs"]} == {"/tmp", "/home/eigen"}
         assert all("exec" in item for item in service["tmpfs"]), name
 
@@ -100,10 +102,42 @@ def test_the_load_generator_waits_for_both_and_names_them(services: dict[str, An
     command = shlex.split(load["command"].replace('""', "/files/model"))
     parser = argparse.ArgumentParser()
     benchmark.add_arguments(parser)
-    args = parser.parse_args([*load["entrypoint"][4:], *command])
+    args = parser.parse_args(["serve", *command])
     assert (args.base_url, args.eigen_url) == ("http://baseline:8000", "http://eigen:8000")
     assert args.base == "/files/model"
     assert str(args.output) in {mount.split(":")[1] for mount in load["volumes"]}
+
+
+def test_the_load_generator_gets_the_key_from_its_file(
+    services: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its shell runs, with a stand-in for the command and for the folder of secrets."""
+    (tmp_path / "api_key").write_text("sk-secret\n")
+    (tmp_path / "hf_token").write_text("")
+    program = tmp_path / "vllm-eigen"
+    program.write_text('#!/bin/sh\necho "$OPENAI_API_KEY:$HF_TOKEN:$*"')
+    program.chmod(0o755)
+    assert services["load"]["entrypoint"][:2] == ["tini", "--"]
+    shell = [word.replace("$$", "$") for word in services["load"]["entrypoint"][2:]]
+    shell[2] = shell[2].replace("/run/secrets", str(tmp_path))
+    path = f"{tmp_path}:/bin:/usr/bin"
+    done = subprocess.run(
+        [*shell, "--base", "a b"], env={"PATH": path}, capture_output=True, text=True, timeout=20
+    )
+    assert done.stdout == "sk-secret::bench serve --base a b\n", done.stderr
+
+
+def test_secrets_are_files_and_no_variables(services: dict[str, Any]) -> None:
+    """Compose refuses other secrets for a container with a read-only root."""
+    document = load("compose.yaml")
+    assert set(document["secrets"]) == {"api_key", "hf_token", "grafana_password"}
+    assert all(secret == {"file": "/dev/null"} for secret in document["secrets"].values())
+    for name in ("eigen", "baseline", "load"):
+        assert services[name]["secrets"] == ["api_key", "hf_token"], name
+    for name, service in services.items():
+        for variable in service.get("environment", {}):
+            secret = re.search("KEY|TOKEN|PASSWORD", variable)
+            assert not secret or variable.endswith("__FILE"), (name, variable)
 
 
 def test_the_example_environment_is_complete() -> None:
@@ -117,8 +151,8 @@ def test_the_example_environment_is_complete() -> None:
         for match in VARIABLE.finditer((DOCKER / name).read_text())
     }
     assert set(example) == set(used) - BUILD_ONLY
-    for secret in ("EIGEN_API_KEY", "HF_TOKEN", "GRAFANA_PASSWORD"):
-        assert example[secret] == "", secret
+    for secret in ("EIGEN_API_KEY_FILE", "HF_TOKEN_FILE", "GRAFANA_PASSWORD_FILE"):
+        assert example[secret] == "/dev/null", secret
     assert (DOCKER / example["EIGEN_FILES"]).is_dir()
     assert example["EIGEN_MODEL"].endswith("/SmolLM2-135M-Instruct")
 

