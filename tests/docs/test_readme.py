@@ -40,3 +40,15 @@ def test_extras_exist() -> None:
     assert named
     extras = {extra for group in named for extra in group.split(",")}
     assert extras <= set(project["optional-dependencies"])
+
+
+def test_the_system_packages_that_errors_name_are_in_the_readme() -> None:
+    """And the Makefile and CONTRIBUTING name the same."""
+    named = re.compile(r"apt install ((?:[\w+.-]+ ){2,}[\w+-]+)")
+    lines = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "Makefile")]
+    found = [set(match[1].split()) for text in lines if (match := named.search(text))]
+    assert found == [{"g++", "make", "python3-dev", "python3-venv", "libnuma1"}] * 3
+    code = "".join(path.read_text() for path in (ROOT / "server" / "launch").glob("*.py"))
+    errors = set(re.findall(r"apt install ([a-z0-9+]+)", code))
+    assert errors == {"g++", "libnuma1"}  # and python3.x-dev, by its version
+    assert errors <= found[0]
