@@ -3,7 +3,7 @@
 
 import { Unauthorized, events, getJSON, hasKey, problem, request, setKey } from "./api.js";
 import { compare } from "./base.js";
-import { drawRanks, drawSpark, drawUse } from "./chart.js";
+import { drawLayers, drawSpark, drawUse } from "./chart.js";
 import { bits, bytes, count, percent, rate, times } from "./format.js";
 import { setUp } from "./playground.js";
 
@@ -52,7 +52,15 @@ function showLayout() {
     }
     return row;
   }));
-  drawRanks($("ranks-chart"), cache.layers);
+  drawBars();
+}
+
+// A chart of bits only where they differ: 16 everywhere, or fp8, is said by the summary.
+function drawBars() {
+  drawLayers($("ranks-chart"), cache.layers, "rank");
+  const widths = cache.layers.flatMap((layer) => [layer.bits_k, layer.bits_v]);
+  $("bits").hidden = new Set(widths).size < 2;
+  drawLayers($("bits-chart"), cache.layers, "bits");
 }
 
 function showSample(sample) {
@@ -166,7 +174,7 @@ $("key-button").addEventListener("click", () => {
 });
 new ResizeObserver(() => {
   draw();
-  if (cache) drawRanks($("ranks-chart"), cache.layers);
+  if (cache) drawBars();
 }).observe($("main"));
 theme();
 setUp(() => model, () => askKey(hasKey()));

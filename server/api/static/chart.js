@@ -93,32 +93,35 @@ export function drawSpark(svg, samples, value, most) {
   svg.replaceChildren(...lines);
 }
 
-// Key and value rank of every layer, side by side.
-export function drawRanks(svg, layers) {
+// Keys and values of every layer side by side: their `rank`, or the mean `bits` of a cached number.
+export function drawLayers(svg, layers, what) {
   const parent = svg.parentElement.getBoundingClientRect().width;
   const height = svg.getBoundingClientRect().height || 160;
+  if (!parent) return;
   const left = 30, bottom = 18, top = 6;
   const step = Math.min(96, Math.max(16, (parent - left) / layers.length));
   const width = left + step * layers.length;
   svg.style.width = `${width}px`;
-  const ceiling = Math.max(...layers.flatMap((layer) => [layer.rank_k, layer.rank_v]));
+  const of = (layer, part) => layer[`${what}_${part}`];
+  const ceiling = Math.max(...layers.flatMap((layer) => [of(layer, "k"), of(layer, "v")]));
   const y = (value) => top + (1 - value / ceiling) * (height - top - bottom);
   const parts = [];
   for (const value of [0, ceiling / 2, ceiling]) {
     parts.push(element("line", { class: "grid", x1: left, x2: width, y1: y(value), y2: y(value) }));
     parts.push(element("text", { x: left - 5, y: y(value) + 4, "text-anchor": "end" },
-      Math.round(value)));
+      what === "rank" ? Math.round(value) : bits(Number(value.toFixed(1)))));
   }
   const bar = step * 0.36;
   const every = Math.max(1, Math.ceil(28 / step));
   layers.forEach((layer, index) => {
     const x = left + step * index + step * 0.1;
-    for (const [offset, rank, width, name, kind] of [
-      [0, layer.rank_k, layer.bits_k, "key", "bar"],
-      [bar + 1, layer.rank_v, layer.bits_v, "value", "bar value"]]) {
-      const node = element("rect", { class: kind, x: x + offset, y: y(rank), width: bar, rx: 2,
-        height: y(0) - y(rank) });
-      const text = `layer ${index}: ${name} rank ${rank}, ${bits(width)} bits`;
+    for (const [offset, part, name, kind] of [
+      [0, "k", "key", "bar"], [bar + 1, "v", "value", "bar value"]]) {
+      const value = of(layer, part);
+      const node = element("rect", { class: kind, x: x + offset, y: y(value), width: bar, rx: 2,
+        height: y(0) - y(value) });
+      const text = `layer ${index}: ${name} rank ${layer[`rank_${part}`]}, ` +
+        `${bits(layer[`bits_${part}`])} bits`;
       node.append(element("title", {}, text));
       parts.push(node);
     }

@@ -114,6 +114,26 @@ def test_the_base_model_is_shown_beside(plain: ServerProcess) -> None:
         server.shutdown()
 
 
+def test_bits_have_a_chart_where_they_differ(plain: ServerProcess) -> None:
+    cache = httpx.get(f"{plain.url}/v1/kv_cache").json()
+    with page() as tab:
+        tab.goto(f"{plain.url}/dashboard")
+        tab.wait_for_selector(LIVE)
+        assert not tab.is_visible("#bits")
+    for place, layer in enumerate(cache["layers"]):
+        layer |= {"bits_k": 3.5 + place / 8, "bits_v": 5.0}
+    with page(viewport=PHONE) as tab:
+        tab.route("**/v1/kv_cache", lambda route: route.fulfill(json=cache))
+        tab.goto(f"{plain.url}/dashboard")
+        tab.wait_for_selector("#bits rect")
+        bars = tab.locator("#bits rect")
+        assert bars.count() == 2 * len(cache["layers"])
+        assert "key rank 38, 3.5 bits" in bars.first.text_content()
+        heights = [float(bars.nth(place).get_attribute("height")) for place in (0, 2)]
+        assert heights[0] < heights[1]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
 @pytest.mark.anyio
 async def test_only_an_address_can_be_compared_with() -> None:
     for wrong in ("evil.example", "http://a;script-src *", "http://a b", "javascript:x", "http://"):
