@@ -20,7 +20,10 @@ VERSION ?= 0.33.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_RESULT ?= build/gpu-check.json
 
-.PHONY: demo test unit soak check contract compatibility gpu-check docs install clean help
+# Triton that gpu-compile takes: the one that PyTorch for CUDA pins.
+TRITON ?= $(shell sed -n 's/^triton==//p' constraints-cuda.txt)
+
+.PHONY: demo test unit soak check contract compatibility gpu-check gpu-compile docs install clean help
 
 help:
 	@echo "make demo     fetch a chat model, compress it, and let both answer side by side"
@@ -31,6 +34,7 @@ help:
 	@echo "make contract VERSION=0.33.0  check a vLLM release for what the plugin relies on"
 	@echo "make compatibility  run the engine tests and write docs/compatibility.md"
 	@echo "make gpu-check  check and time the kernels on this machine's GPU, 15 minutes at most"
+	@echo "make gpu-compile  the tests of compiled GPU kernels with the Triton of CUDA installs; no GPU needed"
 	@echo "make docs     build the documentation into build/site"
 	@echo "make install  only create .venv with everything to calibrate and serve"
 	@echo "make clean    remove .venv and the demo's output"
@@ -89,6 +93,14 @@ gpu-check:
 	"$(GPU_PYTHON)" -m pip install --quiet --disable-pip-version-check -e .
 	@mkdir -p "$(dir $(GPU_RESULT))"
 	"$(GPU_PYTHON)" -m vllm_eigen.cli bench gpu --output-json "$(GPU_RESULT)"
+
+gpu-compile: $(VENV)/.dev build/triton-$(TRITON)/triton
+	EIGEN_TEST_TRITON=build/triton-$(TRITON) "$(BIN)/python" -m pytest --numprocesses $(JOBS) \
+	    --dist loadfile tests/kernels/gpu/test_compile.py tests/kernels/gpu/test_compile_coded.py
+
+build/triton-%/triton: | $(BIN)/python
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --target "build/triton-$*" triton==$*
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict

@@ -8,15 +8,13 @@ size), so both are needed. Run as a script it prints what the compiler made of e
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.kernels.gpu.compiling import Reports, reports
 
 HOPPER_SHARED_BYTES = 232_448
 
@@ -47,19 +45,14 @@ WIDE = ("64", "128", "256", "folded", "pre-rope", "pre-rope 64", "pre-rope 256")
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, list[dict[str, Any]]]:
+def compiled() -> Reports:
     pytest.importorskip("triton.backends.nvidia.compiler")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.gpu.test_compile"]
-    root = Path(__file__).parents[3]
-    result = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)  # type: ignore[no-any-return]
+    return reports("tests.kernels.gpu.test_compile")
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.slow
-def test_fits_hopper(compiled: dict[str, list[dict[str, Any]]], name: str) -> None:
+def test_fits_hopper(compiled: Reports, name: str) -> None:
     kernels = compiled[name]
     assert all(k["shared_bytes"] <= HOPPER_SHARED_BYTES for k in kernels)
     names = [k["name"] for k in kernels]
@@ -72,7 +65,7 @@ def test_fits_hopper(compiled: dict[str, list[dict[str, Any]]], name: str) -> No
 
 @pytest.mark.parametrize("name", [name for name in (CASES | DECODED) if name != "float32"])
 @pytest.mark.slow
-def test_decode_spills_nothing(compiled: dict[str, list[dict[str, Any]]], name: str) -> None:
+def test_decode_spills_nothing(compiled: Reports, name: str) -> None:
     """16 bits and fp8; heads of 64, 128 and 256; folded and reconstructed. float32 is for tests."""
     assert all(k["shared_bytes"] <= HOPPER_SHARED_BYTES for k in compiled[name])
     [decode] = [kernel for kernel in compiled[name] if kernel["name"] == "decode"]
@@ -82,7 +75,7 @@ def test_decode_spills_nothing(compiled: dict[str, list[dict[str, Any]]], name: 
 
 @pytest.mark.parametrize("name", WIDE)
 @pytest.mark.slow
-def test_decode_loads_16_bytes(compiled: dict[str, list[dict[str, Any]]], name: str) -> None:
+def test_decode_loads_16_bytes(compiled: Reports, name: str) -> None:
     [decode] = [kernel for kernel in compiled[name] if kernel["name"] == "decode"]
     # Whatever is not copied 16 bytes at once is a number, of a block table or of angles.
     _, _, _, rank_k, _, *_ = (CASES | DECODED)[name]
@@ -91,7 +84,7 @@ def test_decode_loads_16_bytes(compiled: dict[str, list[dict[str, Any]]], name: 
     assert decode["middling_copies"] == 0, decode
 
 
-def _compile_all() -> dict[str, list[dict[str, Any]]]:
+def _compile_all() -> Reports:
     """Call the kernels with a compiler in place of the launcher, for compute capability 9.0."""
     cases = CASES | DECODED
     return {

@@ -8,17 +8,15 @@ script with a compute capability it prints what the compiler made of each kernel
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.kernels.gpu.compiling import Reports, reports
 from vllm_eigen.checkpoint.codes import Code
 
 SHARED_BYTES = {80: 166_912, 90: 232_448}
@@ -67,20 +65,9 @@ UNPACKED = 2.3
 
 
 @cache
-def compiled(capability: int) -> dict[str, list[dict[str, Any]]]:
+def compiled(capability: int) -> Reports:
     pytest.importorskip("triton.backends.nvidia.compiler")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    module = "tests.kernels.gpu.test_compile_coded"
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, str(capability)],
-        env=env,
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)  # type: ignore[no-any-return]
+    return reports("tests.kernels.gpu.test_compile_coded", str(capability))
 
 
 @pytest.mark.slow
@@ -142,18 +129,18 @@ def _decode_of(capability: int, name: str) -> tuple[dict[str, Any], tuple[Any, .
 @pytest.mark.slow
 def test_counts_are_arguments() -> None:
     """Layers whose widths fill the same tiles run the same compiled kernels."""
-    reports = compiled(90)
-    hashes = [[kernel["hash"] for kernel in reports[n]] for n in ("128", "128, other counts")]
+    found = compiled(90)
+    hashes = [[kernel["hash"] for kernel in found[n]] for n in ("128", "128, other counts")]
     assert hashes[0] == hashes[1]
 
 
-def _compile_all(capability: int) -> dict[str, list[dict[str, Any]]]:
+def _compile_all(capability: int) -> Reports:
     """Call the kernels with a compiler in place of the launcher."""
     names = AMPERE if capability == 80 else tuple(CASES)
-    reports = {name: _compile(CASES[name], capability) for name in names}
+    made = {name: _compile(CASES[name], capability) for name in names}
     if capability == 90:
-        reports |= {name: _compile(case, capability, True) for name, case in DECODED.items()}
-    return {name: [asdict(kernel) for kernel in found] for name, found in reports.items()}
+        made |= {name: _compile(case, capability, True) for name, case in DECODED.items()}
+    return {name: [asdict(kernel) for kernel in found] for name, found in made.items()}
 
 
 def _compile(case: tuple[Any, ...], capability: int, only_decode: bool = False) -> list[Any]:

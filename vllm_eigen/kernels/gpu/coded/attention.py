@@ -218,7 +218,8 @@ def coded_attention_kernel(
         group_mask = (key_at // GROUP >= begin // GROUP) & (key_at // GROUP <= (end - 1) // GROUP)
         if block_size % BLOCK_N == 0:
             block = tl.load(table + start // block_size).to(tl.int64)
-            in_block = start % block_size + tl.arange(0, BLOCK_N)
+            # Triton 3.7 does not see that the remainder is a multiple, and would load single units.
+            in_block = tl.multiple_of(start % block_size, BLOCK_N) + tl.arange(0, BLOCK_N)
         else:
             block = tl.load(table + key_at // block_size, mask=group_mask, other=0)
             block = tl.max_constancy(block, 16).to(tl.int64)
