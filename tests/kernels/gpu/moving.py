@@ -74,9 +74,16 @@ class Moving:
     name = "gpu"
 
     def __init__(
-        self, index: int = 0, hints: bool = False, peers: tuple[Latents, ...] = ()
+        self,
+        index: int = 0,
+        hints: bool = False,
+        peers: tuple[Latents, ...] = (),
+        shared_bytes: int | None = None,
     ) -> None:
+        """shared_bytes: of another device, where not this one's."""
         self.inner = GpuKernels(TUNINGS[index])
+        if shared_bytes is not None:
+            self.inner._shared_bytes = shared_bytes
         self.hints = hints
         self.peers = peers
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -100,8 +101,9 @@ def unpacked(part: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor
 
 
 @needs_kernels
-def test_heads_of_256() -> None:
-    """Their keys are reconstructed in four chunks of columns."""
+@pytest.mark.parametrize("shared_bytes", [None, 48_000])
+def test_heads_of_256(shared_bytes: int | None) -> None:
+    """Their keys are reconstructed in four chunks of columns, whose bases fit at once or not."""
     code = Code(four=16, token_scale=True)
     case = Case(
         num_kv_heads=1,
@@ -116,7 +118,11 @@ def test_heads_of_256() -> None:
         rope_base=10_000.0,
         codes=(code, code),
     )
-    close(case, Moving(1))
+    kernels = Moving(1, shared_bytes=shared_bytes)
+    layer: Any = kernels.prepare(layer_of(make(case))).inner
+    assert layer.decode.streams == (shared_bytes is not None)
+    assert layer.prefill.streams
+    close(case, kernels)
 
 
 @needs_kernels

@@ -19,6 +19,7 @@ import triton
 
 from vllm_eigen.common.errors import KernelError
 from vllm_eigen.kernels.gpu.checks import check_layer, check_step
+from vllm_eigen.kernels.gpu.coded.codes import swaps_values
 from vllm_eigen.kernels.gpu.coded.layer import CodedGpuLayer, key_tiles, value_tiles
 from vllm_eigen.kernels.gpu.coded.layout import padded_codes
 from vllm_eigen.kernels.gpu.coded.reconstruct import by_planes
@@ -156,12 +157,13 @@ def _shape(layer: LayerSpec, padding: Padding) -> Shape:
         # Planes are multiplied one after the other.
         widest = max(tile.units for tile in (*of_key, *of_value))
         operands = 4 * widest
+        unswapped = max([0, *(t.units * t.planes for t in of_value if not swaps_values(t, True))])
     else:
         numbers = padding.key, padding.value
         cached_bytes = sum(numbers) * layer.cache_dtype.itemsize
         widest = max(numbers)
         is_operand = layer.cache_dtype == layer.dtype and layer.dtype.itemsize < 4
-        operands = 0 if is_operand else sum(numbers)
+        operands = unswapped = 0 if is_operand else sum(numbers)
     return Shape(
         num_heads=layer.num_heads,
         heads_per_latent=layer.num_heads // layer.num_kv_heads,
@@ -173,6 +175,7 @@ def _shape(layer: LayerSpec, padding: Padding) -> Shape:
         cached_bytes=cached_bytes,
         is_coded=layer.is_coded,
         operands=operands,
+        unswapped=unswapped,
         columns=columns,
         widest=max(widest, columns),
         element_size=layer.dtype.itemsize,

@@ -243,8 +243,11 @@ class GpuLayer:
             "is_decode": is_decode,
             "max_decode": call.max_decode,
             "swap_ab": tile.swap_ab,
-            # Addresses of many operands in shared memory, and angles, would not fit the registers.
-            "hoists": not (self.reads_shared and is_decode and packed is not None),
+            # Addresses of many operands in shared memory, and angles, would not fit the registers;
+            # a basis that is read for each tile would move out of the loop.
+            "hoists": not (
+                tile.streams or (self.reads_shared and is_decode and packed is not None)
+            ),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "precision": precision(call.query.dtype),

@@ -16,6 +16,9 @@ MIN_DOT = 16
 MAX_BLOCK_N = 128
 """The most keys a step, so the most positions a tile's rotary table must hold."""
 
+CHUNK_COLUMNS = 64
+"""Columns of a key that are reconstructed at once."""
+
 HOPPER_SHARED_BYTES = 232_448
 """What one program may use on compute capability 9.0."""
 
@@ -26,6 +29,8 @@ class Tile:
 
     Triton keeps (num_stages - 1) / 2 steps of latents in flight, since a block number is loaded
     before the block. swap_ab: multiply keys by queries, so that keys fill the matrix unit's rows.
+    streams: the basis that codes of keys are reconstructed with is read for each tile of keys, a
+    plane of codes at a time, rather than stay in shared memory.
     """
 
     block_m: int
@@ -33,6 +38,7 @@ class Tile:
     num_warps: int
     num_stages: int
     swap_ab: bool
+    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Shape:
     numbers_k, numbers_v: latents of a token as operands of a product, padded.
     cached_bytes: bytes of a token's tile.
     operands: numbers made of a token's tile that are in shared memory at once.
+    unswapped: of codes, those that are there with swap_ab too.
     columns: padded width of a reconstructed key, 0 where keys are cached as they are used.
     widest: the most numbers of a token that a program holds at once.
     element_size: bytes of a query element.
@@ -80,6 +87,7 @@ class Shape:
     numbers_v: int
     cached_bytes: int
     operands: int
+    unswapped: int
     is_coded: bool
     columns: int
     widest: int
@@ -133,15 +141,25 @@ def fit(tile: Tile, heads: int, shape: Shape, shared_bytes: int) -> Tile:
     while _shared_bytes(tile, heads, shape) > shared_bytes:
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
+        elif shape.is_coded and shape.columns > CHUNK_COLUMNS and not tile.streams:
+            tile = replace(tile, streams=True)
+            if least_m < 64:
+                # What is read from the L2 cache should serve many keys, as far as registers allow.
+                block_m = max(least_m, min(tile.block_m, 32))
+                tile = replace(
+                    tile, block_m=block_m, block_n=MAX_BLOCK_N, num_warps=8, swap_ab=True
+                )
         elif tile.block_m > max(least_m, 32):
             tile = replace(tile, block_m=tile.block_m // 2)
         elif tile.block_n > MIN_DOT:
-            tile = replace(tile, block_n=tile.block_n // 2)
+            num_warps = 4 if tile.streams and tile.swap_ab else tile.num_warps
+            tile = replace(tile, block_n=tile.block_n // 2, num_warps=num_warps)
         else:
             raise KernelError(
                 f"gpu kernels: ranks {shape.rank_k} and {shape.rank_v} with {heads} heads and"
                 f" {shape.element_size}-byte elements need more than this device's {shared_bytes}"
-                " bytes of shared memory; use bfloat16, or EIGEN_KERNELS=reference"
+                " bytes of shared memory; use bfloat16, fewer bits, or keys cached after RoPE"
+                " (calibrate --prefer speed), or EIGEN_KERNELS=reference"
             )
     return tile
 
@@ -168,13 +186,21 @@ def fit_decode(tuning: Tuning, shape: Shape, shared_bytes: int) -> tuple[Tile, i
 def _shared_bytes(tile: Tile, heads: int, shape: Shape) -> int:
     """Roughly what Triton 3.6 to 3.9 takes for a program on Hopper, from above."""
     in_flight = 1 + max(min(tile.num_stages - 1, 1), (tile.num_stages - 1) // 2)
+    operands = shape.operands
+    if shape.is_coded and tile.swap_ab:
+        # Planes of codes are operands where they lie, in registers, and few are not.
+        in_flight = 1 if tile.num_stages <= 3 else in_flight
+        operands = shape.unswapped
     latents = in_flight * tile.block_n * shape.cached_bytes
     # Once more as the operand of a product: dequantised, or float32 in three tf32 parts.
-    latents += tile.block_n * shape.operands * shape.element_size
+    latents += tile.block_n * operands * shape.element_size
     reconstructed = 0
     if shape.columns:
         bases = heads // shape.heads_per_reconstructed
-        basis = shape.numbers_k * shape.columns * shape.element_size
+        columns = CHUNK_COLUMNS if tile.streams else shape.columns
+        # Of codes a plane is read at a time.
+        rows = shape.operands // 2 if tile.streams else shape.numbers_k
+        basis = rows * columns * shape.element_size
         reconstructed = bases * basis
         if tile.swap_ab and bases > 1:
             # Bases in the layout of the other operand too, and keys of all heads but the last.
@@ -182,7 +208,7 @@ def _shared_bytes(tile: Tile, heads: int, shape: Shape) -> int:
             reconstructed += bases * basis + (bases - 1) * keys
         if not tile.swap_ab:
             # Keys on their way from one product to the next, and cosines and sines in float32.
-            reconstructed += tile.block_n * shape.columns * (shape.element_size + 4 * in_flight)
+            reconstructed += tile.block_n * columns * (shape.element_size + 4 * in_flight)
     queries = tile.block_m * (shape.columns or shape.numbers_k) * shape.element_size
     scores = tile.block_m * tile.block_n * 4
     return latents + reconstructed + queries + scores

@@ -27,10 +27,15 @@ from vllm_eigen.kernels.gpu.coded.codes import (
     swaps_values,
     zero_planes,
 )
-from vllm_eigen.kernels.gpu.coded.reconstruct import load_basis_columns, reconstruct_columns
+from vllm_eigen.kernels.gpu.coded.reconstruct import (
+    load_basis_columns,
+    reconstruct_columns,
+    stream_columns,
+)
 from vllm_eigen.kernels.gpu.plain.reconstruct import (
     PAIRS,
     add_scores,
+    load_cos_sin,
     load_in_tile,
     load_pairs,
     rotate,
@@ -112,6 +117,7 @@ def coded_attention_kernel(
     max_decode: tl.constexpr,
     swap_ab: tl.constexpr,
     hoists: tl.constexpr,
+    streams: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     precision: tl.constexpr,
@@ -171,7 +177,7 @@ def coded_attention_kernel(
     query_row = query + token[:, None] * query_stride_token + head[:, None] * query_stride_head
     valid = row_valid[:, None]
     if reconstruct:
-        # Loaded here, bases stay in shared memory.
+        # Loaded here, bases stay in shared memory; or they are read for each tile of keys.
         pairs: tl.constexpr = min(half, PAIRS)
         width: tl.constexpr = 2 * half + rest
         q_rotary = ()
@@ -180,19 +186,23 @@ def coded_attention_kernel(
         for c in tl.static_range(half // pairs):
             pair = c * pairs + tl.arange(0, pairs)[None, :]
             q_rotary = q_rotary + (load_pairs(query_row, pair, valid, rotary_dim // 2, is_neox),)
-            bases = bases + (
-                load_basis_columns(
-                    basis, key_offset, head_tile, key_tiles, 2 * pairs * c, 2 * pairs, width
-                ),
-            )
-            if relative:
+            if not streams:
+                bases = bases + (
+                    load_basis_columns(
+                        basis, key_offset, head_tile, key_tiles, 2 * pairs * c, 2 * pairs, width
+                    ),
+                )
+            if relative and not streams:
                 cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N, dtype),)
         if rest > 0:
             pass_at = rotary_dim + tl.arange(0, rest)[None, :]
             q_pass = tl.load(query_row + pass_at, mask=valid & (pass_at < head_size), other=0.0)
-            bases = bases + (
-                load_basis_columns(basis, key_offset, head_tile, key_tiles, 2 * half, rest, width),
-            )
+            if not streams:
+                bases = bases + (
+                    load_basis_columns(
+                        basis, key_offset, head_tile, key_tiles, 2 * half, rest, width
+                    ),
+                )
     else:
         q_planes = load_query_planes(query_row, valid, key_eight, key_four, key_two, key_tiles)
     slope = 0.0
@@ -238,36 +248,68 @@ def coded_attention_kernel(
                 start_row = start // tile_start_step * (2 * half) + pair
                 start_row = start_row, start_row + half
                 q_tile = rotated_query(q_rotary[c], tile_start_cos_sin, start_row, relative, dtype)
-                if relative:
+                if relative and not streams:
                     cos, sin = unpacked_cos_sin(cos_sin[c], dtype)
+                elif relative:
+                    cos, sin = load_cos_sin(in_tile_cos_sin, pair, half, BLOCK_N)
                 else:
                     table_row = rotary_table + key_at[:, None] * rotary_dim + pair
                     in_table = key_valid[:, None] & (pair < rotary_dim // 2)
                     cos = tl.load(table_row, mask=in_table, other=0.0).to(tl.float32)
                     sin = tl.load(table_row + rotary_dim // 2, mask=in_table, other=0.0)
                     sin = sin.to(tl.float32)
-                columns = reconstruct_columns(
-                    keys,
-                    bases[c][0],
-                    bases[c][1],
-                    key_scale,
-                    key_tiles,
-                    key_scaled,
-                    key_offset is not None,
-                    precision,
-                )
+                if streams:
+                    columns = stream_columns(
+                        keys,
+                        basis,
+                        key_offset,
+                        head_tile,
+                        key_scale,
+                        key_tiles,
+                        key_scaled,
+                        2 * pairs * c,
+                        2 * pairs,
+                        width,
+                        precision,
+                    )
+                else:
+                    columns = reconstruct_columns(
+                        keys,
+                        bases[c][0],
+                        bases[c][1],
+                        key_scale,
+                        key_tiles,
+                        key_scaled,
+                        key_offset is not None,
+                        precision,
+                    )
                 logits = add_scores(logits, q_tile, rotate(columns, cos, sin), swap_ab, precision)
             if rest > 0:
-                columns = reconstruct_columns(
-                    keys,
-                    bases[half // pairs][0],
-                    bases[half // pairs][1],
-                    key_scale,
-                    key_tiles,
-                    key_scaled,
-                    key_offset is not None,
-                    precision,
-                )
+                if streams:
+                    columns = stream_columns(
+                        keys,
+                        basis,
+                        key_offset,
+                        head_tile,
+                        key_scale,
+                        key_tiles,
+                        key_scaled,
+                        2 * half,
+                        rest,
+                        width,
+                        precision,
+                    )
+                else:
+                    columns = reconstruct_columns(
+                        keys,
+                        bases[half // pairs][0],
+                        bases[half // pairs][1],
+                        key_scale,
+                        key_tiles,
+                        key_scaled,
+                        key_offset is not None,
+                        precision,
+                    )
                 logits = add_scores(logits, q_pass, columns, swap_ab, precision)
         else:
             for t in tl.static_range(len(key_tiles)):

@@ -87,6 +87,7 @@ class CodedGpuLayer(GpuLayer):
             *(*code_units(key_code), *code_units(value_code)),
             **self._options(call, tile, is_decode),
             **self._constants(self.sizes.padding),
+            streams=tile.streams,
             # Only read with reconstructed keys: one compiled kernel serves all ranks otherwise.
             head_size=call.query.shape[2] if self.packed else 0,
         )

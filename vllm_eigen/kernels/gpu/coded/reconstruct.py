@@ -30,6 +30,25 @@ def by_planes(
 
 
 @triton.jit
+def load_plane_rows(
+    basis,
+    head,
+    t: tl.constexpr,
+    plane: tl.constexpr,
+    tiles: tl.constexpr,
+    first: tl.constexpr,
+    columns: tl.constexpr,
+    width: tl.constexpr,
+):
+    """Rows `[tile.units, columns]` of a plane of tile t, columns from `first` on of `width`."""
+    last: tl.constexpr = len(tiles) - 1
+    numbers: tl.constexpr = tiles[last][4] + tiles[last][0] * tiles[last][1]
+    row = tiles[t][4] + plane * tiles[t][0] + tl.arange(0, tiles[t][0])
+    column = first + tl.arange(0, columns)[None, :]
+    return tl.load(basis + head.to(tl.int64) * (numbers * width) + row[:, None] * width + column)
+
+
+@triton.jit
 def load_basis_columns(
     basis,
     offset,
@@ -44,18 +63,14 @@ def load_basis_columns(
     Returns `[tile.units, columns]` of each plane of each tile, and the offset `[1, columns]`, 0
     where there is none.
     """
-    last: tl.constexpr = len(tiles) - 1
-    numbers: tl.constexpr = tiles[last][4] + tiles[last][0] * tiles[last][1]
-    column = first + tl.arange(0, columns)[None, :]
-    basis += head.to(tl.int64) * (numbers * width)
     loaded = ()
     for t in tl.static_range(len(tiles)):
         for plane in tl.static_range(tl.constexpr(tiles[t][1])):
-            row = tiles[t][4] + plane * tiles[t][0] + tl.arange(0, tiles[t][0])
-            loaded = loaded + (tl.load(basis + row[:, None] * width + column),)
+            rows = load_plane_rows(basis, head, t, plane, tiles, first, columns, width)
+            loaded = loaded + (rows,)
     added = 0.0
     if offset is not None:
-        added = tl.load(offset + head * width + column)
+        added = tl.load(offset + head * width + first + tl.arange(0, columns)[None, :])
     return loaded, added
 
 
@@ -84,4 +99,32 @@ def reconstruct_columns(
         keys *= key_scale[:, None]
     if has_offset:
         keys += offset
+    return keys
+
+
+@triton.jit
+def stream_columns(
+    units,
+    basis,
+    offset,
+    head,
+    key_scale,
+    tiles: tl.constexpr,
+    scaled: tl.constexpr,
+    first: tl.constexpr,
+    columns: tl.constexpr,
+    width: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """What `reconstruct_columns` makes, with a basis that is read where it is multiplied."""
+    keys = tl.zeros([units[0].shape[0], columns], tl.float32)
+    for t in tl.static_range(len(tiles)):
+        for plane in tl.static_range(tl.constexpr(tiles[t][1])):
+            rows = load_plane_rows(basis, head, t, plane, tiles, first, columns, width)
+            numbers = plane_of(units[t], plane, tiles[t][1], rows.dtype)
+            keys = tl.dot(numbers, rows, keys, input_precision=precision)
+    if scaled:
+        keys *= key_scale[:, None]
+    if offset is not None:
+        keys += tl.load(offset + head * width + first + tl.arange(0, columns)[None, :])
     return keys

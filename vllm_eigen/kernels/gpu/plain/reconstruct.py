@@ -175,14 +175,20 @@ def rotated_query(loaded, tile_start_cos_sin, row, relative: tl.constexpr, dtype
 
 
 @triton.jit
+def load_cos_sin(table, pair, half: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Cosines and sines `[BLOCK_N, pairs]`, float32, of pairs of `PackedRotary.in_tile`."""
+    at = table + tl.arange(0, BLOCK_N)[:, None] * (2 * half) + pair
+    return tl.load(at), tl.load(at + half)
+
+
+@triton.jit
 def load_in_tile(table, pair, half: tl.constexpr, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
-    """Cosines and sines `[BLOCK_N, pairs]` of pairs of `PackedRotary.in_tile`.
+    """What `load_cos_sin` loads, as it stays in registers through a loop.
 
     For queries of 16 bits they are float16 and packed. Their error of 2^-12 is that of float16 keys
     and an eighth of that of bfloat16 keys.
     """
-    at = table + tl.arange(0, BLOCK_N)[:, None] * (2 * half) + pair
-    cos, sin = tl.load(at), tl.load(at + half)
+    cos, sin = load_cos_sin(table, pair, half, BLOCK_N)
     if dtype.primitive_bitwidth == 16:
         loaded = (_pack_halves(cos.to(tl.float16), sin.to(tl.float16)),)
     else:
