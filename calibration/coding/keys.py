@@ -10,6 +10,10 @@ so that equal errors in all directions cost the same, and a direction's energy L
 (reverse water-filling: the bits of a direction grow with log L). Steps are fixed at calibration:
 they cost nothing in the cache and nothing at run time, and they are those of least weighted error,
 so that the keys of attention sinks, with the largest gradients, are not clipped.
+
+A direction that is worth more than 8 bits (attention to a position, in models with learned ones) is
+stored several times, in the place of directions that are worth nothing: with steps that differ the
+errors of the copies are independent, and their mean has an n-th of the squared error.
 """
 
 from __future__ import annotations
@@ -25,6 +29,10 @@ from vllm_eigen.checkpoint.codes import UNIT_BITS, WIDTHS, Code
 
 STEPS = torch.logspace(-1.5, 0, 14, dtype=torch.float64)
 """Steps that are tried, relative to the one that clips nothing."""
+COPIES = (1, 4, 8)
+"""Times that the most important direction is stored; in 8 bits, which are read four at once."""
+COPY_STEPS = 1.25
+"""What the steps of copies go up to, relative to the first one's."""
 STEP_WINDOWS = 8
 """Windows on which steps are tried."""
 _PRICES = torch.logspace(-12, 1, 90, dtype=torch.float64)
@@ -49,31 +57,57 @@ class KeyCodes:
     losses: torch.Tensor
 
     def choices(self) -> list[Choice]:
-        """Codes worth choosing from, at growing size."""
+        """Codes worth choosing from: each larger than the one before, and loses less."""
         size = self.losses.shape[1]
         least = (Code(eight=4), Code(four=8), Code(two=16))
-        found = {code: self.loss(code) for code in least if code.rank <= size}
+        codes = dict.fromkeys(code for code in least if code.rank <= size)
         bits = torch.tensor([*WIDTHS, 0], dtype=torch.float64)
-        for price in _PRICES:
-            widths = bits[(self.losses + price * bits[:, None]).argmin(0)]
-            counts = []
-            left = size
-            for width in WIDTHS:
-                unit = UNIT_BITS // width
-                wanted = -(-int((widths == width).sum()) // unit) * unit
-                counts.append(min(wanted, left // unit * unit))
-                left -= counts[-1]
-            if sum(counts):
-                code = Code(eight=counts[0], four=counts[1], two=counts[2])
-                found[code] = self.loss(code)
-        choices = [Choice(code, loss) for code, loss in found.items()]
-        return sorted(choices, key=lambda item: item.code.num_bytes)
+        for losses in map(self._losses, self._copies()):
+            for price in _PRICES:
+                widths = bits[(losses + price * bits[:, None]).argmin(0)]
+                counts = []
+                left = size
+                for width in WIDTHS:
+                    unit = UNIT_BITS // width
+                    wanted = -(-int((widths == width).sum()) // unit) * unit
+                    counts.append(min(wanted, left // unit * unit))
+                    left -= counts[-1]
+                if sum(counts):
+                    codes[Code(eight=counts[0], four=counts[1], two=counts[2])] = None
+        found = [Choice(code, self.loss(code)) for code in codes]
+        choices: list[Choice] = []
+        for item in sorted(found, key=lambda item: (item.code.num_bytes, item.loss)):
+            if not choices or item.loss < choices[-1].loss:
+                choices.append(item)
+        return choices
 
     def loss(self, code: Code) -> float:
         """Foretold loss of a code."""
-        rows = _rows(code)
-        total = self.losses[rows, torch.arange(code.rank)].sum()
-        return float(total + self.losses[-1, code.rank :].sum())
+        return min(_total(self._losses(copies), code) for copies in self._copies())
+
+    def copies(self, code: Code) -> int:
+        """How often a code stores the first direction."""
+        return min(self._copies(), key=lambda copies: _total(self._losses(copies), code))
+
+    def _copies(self) -> list[int]:
+        """How often the first direction may be stored."""
+        return [copies for copies in COPIES if 2 * copies <= self.losses.shape[1]]
+
+    def _columns(self, copies: int) -> torch.Tensor:
+        """The direction of each latent, [head_size]."""
+        others = torch.arange(1, self.losses.shape[1] - copies + 1)
+        return torch.cat([torch.zeros(copies, dtype=torch.int64), others])
+
+    def _losses(self, copies: int) -> torch.Tensor:
+        """As `losses`, of latents instead of directions."""
+        found = self.losses[:, self._columns(copies)].clone()
+        if copies > 1:
+            # Narrower ones gain nothing for certain: few levels, so that errors are alike.
+            found[:, :copies] /= copies
+            found[0, :copies] *= float(_copy_steps(copies).square().mean()) / copies
+            # What is stored no longer is lost whatever the code.
+            found[:, -1] += self.losses[-1, 1 - copies :].sum()
+        return found
 
     def maps(self, code: Code) -> tuple[Maps, torch.Tensor]:
         """Encoder and decoder with steps multiplied in, and the offset to go with them.
@@ -81,10 +115,14 @@ class KeyCodes:
         The offset contains half a step of every direction: with it the levels are -2^(b-1), .., 0,
         .., 2^(b-1) - 1 steps, so that what is near the offset is stored as the offset.
         """
-        columns = torch.arange(code.rank)
-        steps = self.steps[_rows(code), :, columns].T
-        encoder = self.encoder[:, :, : code.rank] / steps[:, None]
-        decoder = self.decoder[:, : code.rank] * steps[:, :, None]
+        copies = self.copies(code)
+        columns = self._columns(copies)[: code.rank]
+        steps = self.steps[_rows(code), :, columns].T.clone()
+        decoder = self.decoder[:, columns].clone()
+        steps[:, :copies] *= _copy_steps(copies)
+        decoder[:, :copies] /= copies
+        encoder = self.encoder[:, :, columns] / steps[:, None]
+        decoder *= steps[:, :, None]
         return (encoder, decoder), self.offset - decoder.sum(1) / 2
 
 
@@ -152,6 +190,17 @@ def _rounded(x: torch.Tensor, step: torch.Tensor, width: int) -> torch.Tensor:
     half = 2 ** (width - 1)
     rounded: torch.Tensor = (x / step).round().clamp(-half, half - 1) * step
     return rounded
+
+
+def _copy_steps(copies: int) -> torch.Tensor:
+    """Steps of copies relative to the first one's, float64 [copies]."""
+    return COPY_STEPS ** (torch.arange(copies, dtype=torch.float64) / copies)
+
+
+def _total(losses: torch.Tensor, code: Code) -> float:
+    """Foretold loss of a code whose latents lose `losses` [4, size] each."""
+    kept = losses[_rows(code), torch.arange(code.rank)].sum()
+    return float(kept + losses[-1, code.rank :].sum())
 
 
 def _rows(code: Code) -> torch.Tensor:
