@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_eigen.benchmarks.lib.shapes import SHAPES
+from vllm_eigen.common.errors import UsageError
 
 if TYPE_CHECKING:
     from vllm_eigen.calibration.predict import Prediction
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and write.
 
     Raises:
+        UsageError: shapes are to be extrapolated from one depth.
         InputError: a model or a text cannot be used.
         EngineError: a calibration failed.
     """
@@ -82,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm_eigen.common.progress import Reporter
     from vllm_eigen.common.signals import terminate_as_interrupt
 
+    if args.shapes and len(set(args.layers)) < 2:
+        raise UsageError("--layers needs two depths or more: a line is drawn through them")
     rows = []
     with (
         terminate_as_interrupt(),

@@ -83,7 +83,7 @@ class KeyCodes:
 
     def loss(self, code: Code) -> float:
         """Foretold loss of a code."""
-        return min(_total(self._losses(copies), code) for copies in self._copies())
+        return _total(self._losses(self.copies(code)), code)
 
     def copies(self, code: Code) -> int:
         """How often a code stores the first direction."""

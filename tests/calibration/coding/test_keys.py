@@ -122,12 +122,13 @@ def test_a_direction_worth_more_than_8_bits_is_stored_several_times(
     bits: Code, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for attention to the token before, in models with learned positions."""
+    generator = torch.Generator().manual_seed(0)
     key, gradient = samples(32, heads=1)
-    axis = torch.nn.functional.normalize(torch.randn(32), dim=0)
+    axis = torch.nn.functional.normalize(torch.randn(32, generator=generator), dim=0)
     # Along the axis keys and gradients are large; across it they are as before.
-    along = 300 * torch.rand(6, 20, 1, 1) - 150
+    along = 300 * torch.rand(6, 20, 1, 1, generator=generator) - 150
     key = key - (key @ axis)[..., None] * axis + along * axis
-    gradient = gradient + 1000 * torch.randn(6, 20, 1, 1) * axis
+    gradient = gradient + 1000 * torch.randn(6, 20, 1, 1, generator=generator) * axis
 
     def loss(fit: KeyCodes) -> float:
         error = measured(fit, bits, key.double()) * gradient.double()
