@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm_eigen.calibration.predict import Prediction
     from vllm_eigen.common.progress import Reporter
 
-HELP = "what calibrate --dry-run foretells, against what a calibration takes"
+HELP = "time and memory that calibrate foretells, against what it takes"
 RATIO = 0.27
 TIMEOUT_SECONDS = 3600.0
 

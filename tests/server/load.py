@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 
@@ -68,3 +69,28 @@ async def running(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def observe(
+    client: httpx.AsyncClient, prompts: tuple[int, ...], ask: Callable[[], Awaitable[Any]]
+) -> list[tuple[Any, int, int]]:
+    """Three answers of `ask` while all requests generate, each with the tokens before and after it.
+
+    On a busy machine the load can end before it was looked at; then it is sent again.
+    """
+    for _ in range(5):
+        seen = []
+        async with running(client, prompts, limit=900) as sequences:
+            for _ in range(3):
+                before = sum(one.length for one in sequences)
+                answer = await ask()
+                await asyncio.sleep(0.02)  # tokens computed by then arrive
+                after = sum(one.length for one in sequences)
+                if any(one.generated == one.limit for one in sequences):
+                    break
+                seen.append((answer, before, after))
+            else:
+                # A whole second, on which the server takes its sample of the history.
+                await asyncio.sleep(1.1)
+                return seen
+    raise AssertionError(f"five loads ended before three answers, the last after {len(seen)}")

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server import served_model
 from tests.server.conftest import MAX_MODEL_LEN, NAME, POOL_BYTES
-from tests.server.load import running
+from tests.server.load import observe, running
 from vllm_eigen.server.launch.process import ServerProcess
 
 pytestmark = pytest.mark.anyio
@@ -48,24 +48,18 @@ def test_layout_is_that_of_the_checkpoint(http: httpx.Client) -> None:
 
 async def test_used_tokens_are_those_sent(plain: ServerProcess) -> None:
     prompts = (41, 130, 257, 300)
-    async with (
-        httpx.AsyncClient(base_url=plain.url, timeout=60) as client,
-        running(client, prompts, limit=700) as sequences,
-    ):
-        for _ in range(3):
-            before = sum(one.length for one in sequences)
-            cache = (await client.get("/v1/kv_cache")).json()
-            await asyncio.sleep(0.02)  # tokens computed by then arrive
-            after = sum(one.length for one in sequences)
-            slack = cache["block_size"] * len(sequences)
-            assert cache["requests"]["running"] == len(sequences)
-            assert before - slack <= cache["tokens"]["used"] <= after + slack
-            used = cache["tokens"]["used"]
-            assert cache["used_bytes"] == used * served_model.BYTES_PER_TOKEN
-            assert cache["uncompressed"]["used_bytes"] == used * served_model.FULL_BYTES_PER_TOKEN
-            saved = cache["uncompressed"]["used_bytes"] - cache["used_bytes"]
-            assert cache["saved_bytes"] == saved > 0
-            await asyncio.sleep(0.1)
+    async with httpx.AsyncClient(base_url=plain.url, timeout=60) as client:
+        seen = await observe(client, prompts, lambda: client.get("/v1/kv_cache"))
+    for answer, before, after in seen:
+        cache = answer.json()
+        slack = cache["block_size"] * len(prompts)
+        assert cache["requests"]["running"] == len(prompts)
+        used = cache["tokens"]["used"]
+        assert before - slack <= used <= after + slack
+        assert cache["used_bytes"] == used * served_model.BYTES_PER_TOKEN
+        assert cache["uncompressed"]["used_bytes"] == used * served_model.FULL_BYTES_PER_TOKEN
+        saved = cache["uncompressed"]["used_bytes"] - cache["used_bytes"]
+        assert cache["saved_bytes"] == saved > 0
     with httpx.Client(base_url=plain.url) as http:
         idle(http)
 
