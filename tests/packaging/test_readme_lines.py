@@ -2,10 +2,11 @@
 """README's commands with the installed wheel: no compiler, an empty cache, another folder.
 
 With README_COMPILER=1 there is a compiler, and the server compiles its model; that takes minutes.
+With README_SMOLLM2=1 the model is SmolLM2-135M-Instruct, as the demo fetches it.
 
 Its bash blocks are parsed and run. Substitutions, and nothing else:
 
-- the hub model is a small random one, `held-out.txt` a text file here;
+- the hub model is a small random one here, and `held-out.txt` a text file;
 - `calibrate` reads a local text in few, short windows; `evaluate` reads one window;
 - `serve` gets a small pool, does not compile without a compiler, and listens on a free port, which
   `curl` asks too.
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.deploy
 
 HUB_MODEL = "meta-llama/Llama-3.1-8B"
 COMPILER = os.environ.get("README_COMPILER") == "1"
+SMOLLM2 = os.environ.get("README_SMOLLM2") == "1"
 EAGER = [] if COMPILER else ["--enforce-eager"]
 EXTRA = {
     "calibrate": ["--text", "train.txt", "--samples", "8", "--seq-len", "128"],
@@ -80,13 +82,18 @@ class Machine:
 
 
 @pytest.fixture(scope="module")
-def machine(installed: Installed, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+def machine(
+    installed: Installed, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Machine:
     folder = tmp_path_factory.mktemp("readme")
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
     (folder / "train.txt").write_text(licence + README, encoding="utf-8")
     (folder / "held-out.txt").write_text(licence, encoding="utf-8")
-    small_llama.write(folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    if SMOLLM2:
+        (folder / "model").symlink_to(request.getfixturevalue("smollm2"))
+    else:
+        small_llama.write(folder / "model")
+        (folder / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     return Machine(installed, folder)
 
 
