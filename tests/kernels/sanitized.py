@@ -16,7 +16,7 @@ from tests.kernels.cases import Case, expected, make, run, tolerance
 from vllm_eigen.checkpoint.codes import Code
 from vllm_eigen.kernels.cpu.kernels import CpuKernels
 
-FLAGS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FLAGS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = (None, None, torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -23,7 +23,7 @@ STREAMED = {
     "ignore_eos": True,
     "stream_options": {"include_usage": True, "continuous_usage_stats": True},
 }
-TOKENS = 1500
+TOKENS = 600
 """Enough to be generating still when the late request comes."""
 READY_SECONDS = 60
 """Within which this process hears that `/ready` fails: it reads the long answers meanwhile, beside
