@@ -52,7 +52,8 @@ async def streaming(
 
     Args:
         users: streams at once.
-        repeat: a user whose answer is whole sends the next request, until one fails.
+        repeat: a user whose answer is whole sends the next request, until one fails. Their answers
+            then have different lengths, so that they do not all end at the same time.
     """
     job = json.dumps({"url": url, "body": body, "users": users, "repeat": repeat})
     process = await asyncio.create_subprocess_exec(
@@ -99,9 +100,13 @@ async def _follow_all(url: str, body: dict[str, Any], users: int, repeat: bool) 
     """Follow the streams; prints `STARTED`, and in the end all outcomes."""
     import httpx
 
-    async def user(client: httpx.AsyncClient, first: asyncio.Event) -> str:
+    longest = body["max_tokens"]
+
+    async def user(client: httpx.AsyncClient, number: int, first: asyncio.Event) -> str:
+        shorter = longest * number // (2 * users) if repeat else 0
+        own = body | {"max_tokens": longest - shorter}
         try:
-            while (outcome := await follow(client, body, first)) == "whole" and repeat:
+            while (outcome := await follow(client, own, first)) == "whole" and repeat:
                 pass
             return outcome
         finally:
@@ -109,7 +114,9 @@ async def _follow_all(url: str, body: dict[str, Any], users: int, repeat: bool) 
 
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
         starts = [asyncio.Event() for _ in range(users)]
-        streams = [asyncio.create_task(user(client, event)) for event in starts]
+        streams = [
+            asyncio.create_task(user(client, number, event)) for number, event in enumerate(starts)
+        ]
         await asyncio.gather(*(event.wait() for event in starts))
         print(STARTED, flush=True)
         print(json.dumps(await asyncio.gather(*streams)), flush=True)
