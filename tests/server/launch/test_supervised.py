@@ -61,6 +61,8 @@ def test_what_must_not_be_is_found() -> None:
     silent = Kill("worker", {"cut": 1, "error event": 3}, 0.1, 20.0, 1)
     unnoticed = Kill("api", {"ConnectError": 4}, 0.1, 20.0, 1)
     assert len(violations([silent, unnoticed], [Stop(4, 3, late, 3.0, -15)])) == 5
+    hit = Kill("api", {"ReadError": 1, "ConnectError": 3}, 0.1, 20.0, 1)
+    assert violations([unnoticed, hit], []) == []
 
 
 def test_readiness_counts_from_the_signal_to_the_last_acceptance() -> None:
