@@ -35,7 +35,7 @@ class CompiledKernel:
     registers: of a thread. stack_bytes: local memory of a thread, where registers are spilled to.
     copies: asynchronous copies to shared memory, of any size; wide_copies: of 16 bytes;
         middling_copies: of more than a number and less than 16.
-    loop_instructions: of a warp, in the longest loop; 0 where there is none.
+    loop_instructions: of a warp, in the longest loop; 0 where there is none or none is counted.
     block_m, block_n: queries times heads, and keys, of a step; 0 where there are none.
     """
 
@@ -56,10 +56,11 @@ class CompiledKernel:
 
 
 @contextmanager
-def compiling(capability: int) -> Iterator[list[CompiledKernel]]:
+def compiling(capability: int, *, loops: bool = True) -> Iterator[list[CompiledKernel]]:
     """What is launched in this context is compiled for `capability` (90 is 9.0) and listed.
 
-    Tensors may be anywhere; nothing reads them. Not where kernels are interpreted.
+    Tensors may be anywhere; nothing reads them. Not where kernels are interpreted. loops: count
+    the instructions of loops, for which a kernel is disassembled; that takes seconds.
     """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
@@ -84,7 +85,7 @@ def compiling(capability: int) -> Iterator[list[CompiledKernel]]:
     def compile_kernel(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         del warmup
         made = launch(self, *args, grid=grid, warmup=True, **options)
-        found.append(_read(self.__name__, made, options))
+        found.append(_read(self.__name__, made, options, loops))
 
     with (
         mock.patch.object(driver, "_active", Device()),
@@ -96,7 +97,7 @@ def compiling(capability: int) -> Iterator[list[CompiledKernel]]:
         yield found
 
 
-def _read(name: str, made: Any, options: dict[str, Any]) -> CompiledKernel:
+def _read(name: str, made: Any, options: dict[str, Any], loops: bool) -> CompiledKernel:
     """The numbers of a compiled kernel."""
     if "is_decode" in options:
         name = "decode" if options["is_decode"] else "prefill"
@@ -116,7 +117,7 @@ def _read(name: str, made: Any, options: dict[str, Any]) -> CompiledKernel:
         copies=len(copies),
         wide_copies=copies.count(16),
         middling_copies=copies.count(8),
-        loop_instructions=longest_loop(_cuobjdump(made.asm["cubin"], "-sass")),
+        loop_instructions=longest_loop(_cuobjdump(made.asm["cubin"], "-sass")) if loops else 0,
         block_m=options.get("BLOCK_M", 0),
         block_n=options.get("BLOCK_N", 0),
     )

@@ -32,6 +32,8 @@ from vllm_eigen.kernels.coding import encode
 
 pytest.importorskip("triton")
 
+from vllm_eigen.kernels.gpu.coded.layer import key_tiles, value_tiles
+
 LARGE = (Code(eight=256), Code(four=168), Code(eight=36, four=136), Code(two=256), Code(eight=132))
 """Codes whose rows fill more than one tile, or tiles of many planes."""
 PLACES = ("query", "key", "value")
@@ -131,6 +133,25 @@ def test_heads_of_256(shared_bytes: int | None) -> None:
     layer: Any = kernels.prepare(layer_of(make(case))).inner
     assert layer.decode.streams == (shared_bytes is not None)
     assert layer.prefill.streams
+    close(case, kernels)
+
+
+@needs_kernels
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_few_2_bit_codes_are_folded(reconstruct: bool) -> None:
+    key, value = Code(eight=4, four=8, two=32), Code(four=8, two=16, token_scale=True)
+    case = Case(
+        num_kv_heads=1,
+        rank_k=key.rank,
+        rank_v=value.rank,
+        sequences=((40, 1), (3, 5)),
+        reconstruct=reconstruct,
+        codes=(key, value),
+    )
+    kernels = Moving(1)
+    layer: Any = kernels.prepare(layer_of(make(case))).inner
+    assert key_tiles(layer.sizes.padding)[-1].folds == 4
+    assert value_tiles(layer.sizes.padding)[-1].folds == 4
     close(case, kernels)
 
 

@@ -116,6 +116,27 @@ def test_heads_of_256() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("reconstruct", [False, True])
+@pytest.mark.parametrize("cache_dtype", [torch.uint8, torch.float8_e5m2])
+def test_reads_fp8_in_pairs(cache_dtype: torch.dtype, reconstruct: bool) -> None:
+    """Even ranks; what hypothesis finds is mostly odd, and read byte by byte."""
+    case = Case(
+        num_kv_heads=1,
+        queries_per_head=2,
+        rank_k=24,
+        rank_v=80,
+        sequences=((70, 1), (3, 5)),
+        dtype=torch.bfloat16,
+        cache_dtype=cache_dtype,
+        k_scale=0.5,
+        v_scale=2.0,
+        reconstruct=reconstruct,
+        offset=reconstruct,
+    )
+    close(case, Moving(1))
+
+
+@needs_kernels
 @pytest.mark.parametrize("encoded_size", [0, 32])
 @pytest.mark.parametrize("reconstruct", [False, True])
 def test_padded_for_wider_layers(reconstruct: bool, encoded_size: int) -> None:

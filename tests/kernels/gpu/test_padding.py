@@ -137,6 +137,17 @@ def test_a_layer_alone_is_padded_for_itself() -> None:
     assert (sizes.rank, sizes.unit) == (72, 8)
 
 
+@pytest.mark.parametrize(("ranks", "planes"), [((72, 40), 2), ((72, 41), 1)])
+def test_fp8_is_read_in_pairs_where_every_row_begins_on_two(
+    ranks: tuple[int, int], planes: int
+) -> None:
+    spec = replace(_layer(Latents(*ranks), 128, [], "folded"), cache_dtype=torch.uint8)
+    sizes = compiled_sizes(spec)
+    assert sizes.planes == planes
+    # A product takes 16 of each of two planes.
+    assert sizes.padding == (Padding(96, 64) if planes == 2 else Padding(80, 48))
+
+
 def test_one_odd_rank_makes_all_loads_narrow() -> None:
     spec = _layer(Latents(72, 40), 128, [Latents(77, 40)], "folded")
     assert compiled_sizes(spec).unit == 1

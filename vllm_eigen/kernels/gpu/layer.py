@@ -21,7 +21,15 @@ from vllm_eigen.kernels.gpu.plain.attention import paged_attention_kernel
 from vllm_eigen.kernels.gpu.plain.reconstruct import TILE_START_STEP, PackedReconstruction
 from vllm_eigen.kernels.gpu.plain.write import cache_write_kernel, down_project_and_write_kernel
 from vllm_eigen.kernels.gpu.plan import GpuPlan
-from vllm_eigen.kernels.gpu.tiles import MIN_DOT, Shape, Tile, Tuning, padded, rank_chunks
+from vllm_eigen.kernels.gpu.tiles import (
+    KEPT_COLUMNS,
+    MIN_DOT,
+    Shape,
+    Tile,
+    Tuning,
+    chunks,
+    padded,
+)
 from vllm_eigen.kernels.gpu.workspace import Partials, Workspace
 from vllm_eigen.kernels.interface import LayerSpec, Limits, Plan
 
@@ -162,8 +170,7 @@ class GpuLayer:
     def _attend(self, call: Call, tile: Tile, *, is_decode: bool) -> None:
         spec, shape = self.spec, self.shape
         heads = self._heads_per_tile(is_decode)
-        k_head, k_tail = rank_chunks(self.sizes.padding.key)
-        v_head, v_tail = rank_chunks(self.sizes.padding.value)
+        planes, padding = self.sizes.planes, self.sizes.padding
         paged_attention_kernel[self._grid(call, tile, is_decode)](
             *self._operands(call),
             *self._strides(call),
@@ -171,10 +178,9 @@ class GpuLayer:
             **self._options(call, tile, is_decode),
             reconstructed_per_tile=heads // shape.heads_per_reconstructed,
             unit=self.sizes.unit,
-            k_head=k_head,
-            k_tail=k_tail,
-            v_head=v_head,
-            v_tail=v_tail,
+            planes=planes,
+            k_chunks=chunks(padding.key // planes),
+            v_chunks=chunks(padding.value // planes),
             is_fp8=spec.is_fp8,
             # Only read with reconstructed keys: one compiled kernel serves all ranks otherwise.
             head_size=call.query.shape[2] if self.packed else 0,
@@ -203,11 +209,19 @@ class GpuLayer:
             self.spec.scores.alibi_slopes,
             packed.basis if packed else None,
             packed.offset if packed else None,
-            rotary.in_tile if rotary else None,
+            self._in_tile,
             rotary.tile_start if rotary else None,
             rotary.table.cos_sin if rotary else None,
             *(step.seq_lens.shape[0], call.num_slots, call.num_splits, call.plan.split_size),
         )
+
+    @property
+    def _in_tile(self) -> torch.Tensor | None:
+        """Angles within a tile, as queries take them."""
+        if self.packed is None:
+            return None
+        rotary = self.packed.rotary
+        return rotary.in_tile if self.spec.dtype.itemsize == 4 else rotary.in_tile_halves
 
     def _strides(self, call: Call) -> tuple[Any, ...]:
         """What follows in both: strides, softmax scale and soft cap."""
@@ -226,6 +240,7 @@ class GpuLayer:
         rotary = packed.rotary if packed else None
         heads = self._heads_per_tile(is_decode)
         relative = is_decode and self.tuning.relative_rotation and rotary is not None
+        relative = relative and rotary is not None and rotary.in_tile is not None
         return {
             "num_heads": shape.num_heads,
             "heads_per_tile": heads,
@@ -234,7 +249,9 @@ class GpuLayer:
             "window": scores.sliding_window or 0,
             "has_cap": scores.soft_cap is not None,
             "reconstruct": packed is not None,
-            "relative": relative and rotary is not None and rotary.in_tile is not None,
+            "relative": relative,
+            # Those of wide keys would not fit the registers.
+            "keeps_angles": relative and not tile.streams and shape.columns <= KEPT_COLUMNS,
             "tile_start_step": TILE_START_STEP,
             "is_neox": rotary is not None and rotary.table.is_neox_style,
             "rotary_dim": rotary.table.rotary_dim if rotary else 0,

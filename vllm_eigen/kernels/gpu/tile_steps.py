@@ -37,6 +37,83 @@ def find_sequence(q_block, query_start_loc, num_seqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def find_work(
+    query_start_loc,
+    seq_lens,
+    num_seqs,
+    split_size,
+    num_heads: tl.constexpr,
+    heads_per_tile: tl.constexpr,
+    window: tl.constexpr,
+    is_decode: tl.constexpr,
+    max_decode: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The queries and keys of this program; see `paged_attention_kernel`.
+
+    Returns:
+        whether there are any; the sequence and the tile of heads; keys begin and end, and whether
+        the sequence has no other split; of the tile's rows `[BLOCK_M]` the query's number in the
+        sequence, its position, its token among all queries, its head, and which exist.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // heads_per_tile
+    num_tiles: tl.constexpr = num_heads // heads_per_tile
+    head_tile = tl.program_id(0) % num_tiles
+    q_block = tl.program_id(0) // num_tiles
+    if is_decode:
+        sequence = q_block
+        q_block = 0
+    else:
+        sequence = find_sequence(q_block, query_start_loc, num_seqs, BLOCK_Q)
+        q_block -= tl.load(query_start_loc + sequence) // BLOCK_Q + sequence
+    first_token = tl.load(query_start_loc + sequence)
+    num_queries = tl.load(query_start_loc + sequence + 1) - first_token
+    seq_len = tl.load(seq_lens + sequence)
+    if is_decode:
+        exists = (num_queries <= max_decode) & (num_queries > 0) & (seq_len > 0)
+    else:
+        exists = (num_queries > max_decode) & (q_block * BLOCK_Q < num_queries) & (seq_len > 0)
+        # The last queries see the most keys: start them first.
+        q_block = (num_queries - 1) // BLOCK_Q - q_block
+
+    # Rows of the tile: tokens, and for each of them the heads of this tile.
+    row = tl.arange(0, BLOCK_M)
+    row_query = q_block * BLOCK_Q + row // heads_per_tile
+    row_valid = (row < BLOCK_Q * heads_per_tile) & (row_query < num_queries)
+    query_at = seq_len - num_queries + row_query
+    token = (first_token + row_query).to(tl.int64)
+    head = head_tile * heads_per_tile + row % heads_per_tile
+
+    # Keys [begin, end) of all rows, then those of this split.
+    end = seq_len - num_queries + tl.minimum((q_block + 1) * BLOCK_Q, num_queries)
+    begin = 0
+    if window > 0:
+        begin = tl.maximum(seq_len - num_queries + q_block * BLOCK_Q - window + 1, 0)
+    only_split = True
+    if is_decode:
+        first_split = begin // split_size
+        only_split = (end - 1) // split_size == first_split
+        split = first_split + tl.program_id(1)
+        begin = tl.maximum(begin, split * split_size)
+        end = tl.minimum(end, (split + 1) * split_size)
+        exists &= begin < end
+    rows = row_query, query_at, token, head, row_valid
+    return exists, sequence, head_tile, begin, end, only_split, rows
+
+
+@triton.jit
+def varying_zero(start):
+    """0, of which the compiler knows only that it comes from `start`, the step of a loop.
+
+    What it is added to stays in the loop: Triton 3.7 does not hand `disable_licm` on to LLVM.
+    """
+    zero = tl.inline_asm_elementwise(
+        "and.b32 $0, $1, 0;", "=r,r", [start], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return tl.multiple_of(zero, 16)
+
+
+@triton.jit
 def online_softmax(
     logits,
     m_i,

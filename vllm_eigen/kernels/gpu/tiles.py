@@ -19,6 +19,9 @@ MAX_BLOCK_N = 128
 CHUNK_COLUMNS = 64
 """Columns of a key that are reconstructed at once."""
 
+KEPT_COLUMNS = 128
+"""Columns of a key at most whose angles stay in registers; others are read for each tile."""
+
 HOPPER_SHARED_BYTES = 232_448
 """What one program may use on compute capability 9.0."""
 
@@ -105,6 +108,12 @@ def rank_chunks(rank: int) -> tuple[int, int]:
     head = whole // 2
     tail = max(MIN_DOT, triton.next_power_of_2(rank - head))
     return (head, tail) if head >= MIN_DOT and tail < head else (whole, 0)
+
+
+def chunks(rank: int) -> tuple[tuple[int, int], ...]:
+    """Where the parts of `rank_chunks` begin, and their sizes."""
+    head, tail = rank_chunks(rank)
+    return ((0, head), (head, tail)) if tail else ((0, head),)
 
 
 def padded(size: int) -> int:
@@ -206,6 +215,9 @@ def _shared_bytes(tile: Tile, heads: int, shape: Shape) -> int:
             # Bases in the layout of the other operand too, and keys of all heads but the last.
             keys = tile.block_n * shape.columns * shape.element_size
             reconstructed += bases * basis + (bases - 1) * keys
+        if tile.swap_ab and shape.columns > KEPT_COLUMNS and tile.num_stages > 1:
+            # Cosines and sines of decode, as two halves.
+            reconstructed += tile.block_n * columns * 2
         if not tile.swap_ab:
             # Keys on their way from one product to the next, and cosines and sines in float32.
             reconstructed += tile.block_n * columns * (shape.element_size + 4 * in_flight)

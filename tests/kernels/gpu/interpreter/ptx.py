@@ -14,6 +14,7 @@ import torch
 
 Registers = dict[str, np.ndarray[Any, np.dtype[np.uint32]]]
 _HALVES = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
+_BYTES = {"e4m3x2": torch.float8_e4m3fn, "e5m2x2": torch.float8_e5m2}
 
 
 def evaluate(asm: str, operand: np.ndarray[Any, np.dtype[np.uint32]]) -> Any:
@@ -40,11 +41,37 @@ def _execute(name: str, values: list[Any]) -> Any:
             return values[0] << values[1]
         case ["shr", "b32"]:
             return values[0] >> values[1]
+        case ["and", "b32"]:
+            return values[0] & values[1]
+        case ["prmt", "b32"]:
+            return _permute(*values)
+        case ["cvt", "u16", "u32"]:
+            return values[0] & 0xFFFF
+        case ["cvt", "rn", "f16x2", bytes_] if bytes_ in _BYTES:
+            return _widen(values[0], _BYTES[bytes_])
         case ["lop3", "b32"]:
             return _lop3(*values)
         case ["fma", "rn", halves] if halves in _HALVES:
             return _fma(values, _HALVES[halves])
     raise NotImplementedError(f"PTX instruction {name}")
+
+
+def _permute(low: Any, high: Any, selector: Any) -> Any:
+    """Four bytes of the eight that the selector's four digits name, without its sign mode."""
+    found = np.zeros_like(low)
+    for place in range(4):
+        digit = selector >> 4 * place & 0xF
+        if (digit > 7).any():
+            raise NotImplementedError("prmt of signs")
+        some = np.where(digit < 4, low, high) >> 8 * (digit & 3) & 0xFF
+        found |= some << 8 * place
+    return found
+
+
+def _widen(bits: Any, dtype: torch.dtype) -> Any:
+    """Two numbers of a byte each, in the lower 16 bits, as two of float16, exactly."""
+    two = torch.from_numpy(bits.astype(np.uint16).reshape(-1).view(np.uint8)).view(dtype)
+    return two.half().view(torch.int16).numpy().view(np.uint32).reshape(bits.shape)
 
 
 def _lop3(a: Any, b: Any, c: Any, table: Any) -> Any:

@@ -30,12 +30,10 @@ from vllm_eigen.kernels.gpu.coded.codes import (
 from vllm_eigen.kernels.gpu.coded.reconstruct import (
     load_basis_columns,
     reconstruct_columns,
-    stream_columns,
 )
 from vllm_eigen.kernels.gpu.plain.reconstruct import (
     PAIRS,
     add_scores,
-    load_cos_sin,
     load_in_tile,
     load_pairs,
     rotate,
@@ -47,8 +45,9 @@ from vllm_eigen.kernels.gpu.tile_steps import (
     STEP_INTEGERS,
     STEP_POINTERS,
     add_values,
-    find_sequence,
+    find_work,
     online_softmax,
+    varying_zero,
 )
 
 
@@ -107,6 +106,7 @@ def coded_attention_kernel(
     has_cap: tl.constexpr,
     reconstruct: tl.constexpr,
     relative: tl.constexpr,
+    keeps_angles: tl.constexpr,
     tile_start_step: tl.constexpr,
     is_neox: tl.constexpr,
     rotary_dim: tl.constexpr,
@@ -127,53 +127,22 @@ def coded_attention_kernel(
     key_eight, .. count units (`layout.py`). partial_acc is `[num_seqs, num_slots,
     num_heads, num_splits, partial_width]`. A tile of queries has heads of one key head.
     """
-    BLOCK_Q: tl.constexpr = BLOCK_M // heads_per_tile
-    num_tiles: tl.constexpr = num_heads // heads_per_tile
     dtype: tl.constexpr = query.dtype.element_ty
-    head_tile = tl.program_id(0) % num_tiles
-    q_block = tl.program_id(0) // num_tiles
-
-    if is_decode:
-        sequence = q_block
-        q_block = 0
-    else:
-        sequence = find_sequence(q_block, query_start_loc, num_seqs, BLOCK_Q)
-        q_block -= tl.load(query_start_loc + sequence) // BLOCK_Q + sequence
-    first_token = tl.load(query_start_loc + sequence)
-    num_queries = tl.load(query_start_loc + sequence + 1) - first_token
-    seq_len = tl.load(seq_lens + sequence)
-    if is_decode:
-        if (num_queries > max_decode) | (num_queries <= 0) | (seq_len <= 0):
-            return
-    else:
-        if (num_queries <= max_decode) | (q_block * BLOCK_Q >= num_queries) | (seq_len <= 0):
-            return
-        # The last queries see the most keys: start them first.
-        q_block = (num_queries - 1) // BLOCK_Q - q_block
-
-    # Rows of the tile: tokens, and for each of them the heads of this tile.
-    row = tl.arange(0, BLOCK_M)
-    row_query = q_block * BLOCK_Q + row // heads_per_tile
-    row_valid = (row < BLOCK_Q * heads_per_tile) & (row_query < num_queries)
-    query_at = seq_len - num_queries + row_query
-    token = (first_token + row_query).to(tl.int64)
-    head = head_tile * heads_per_tile + row % heads_per_tile
-
-    # Keys [begin, end) of all rows, then those of this split.
-    end = seq_len - num_queries + tl.minimum((q_block + 1) * BLOCK_Q, num_queries)
-    begin = 0
-    if window > 0:
-        begin = tl.maximum(seq_len - num_queries + q_block * BLOCK_Q - window + 1, 0)
-    split = tl.program_id(1)
-    only_split = True
-    if is_decode:
-        first_split = begin // split_size
-        only_split = (end - 1) // split_size == first_split
-        begin = tl.maximum(begin, (first_split + split) * split_size)
-        end = tl.minimum(end, (first_split + split + 1) * split_size)
-        if begin >= end:
-            return
-
+    exists, sequence, head_tile, begin, end, only_split, rows = find_work(
+        query_start_loc,
+        seq_lens,
+        num_seqs,
+        split_size,
+        num_heads,
+        heads_per_tile,
+        window,
+        is_decode,
+        max_decode,
+        BLOCK_M,
+    )
+    if not exists:
+        return
+    row_query, query_at, token, head, row_valid = rows
     query_row = query + token[:, None] * query_stride_token + head[:, None] * query_stride_head
     valid = row_valid[:, None]
     if reconstruct:
@@ -192,8 +161,8 @@ def coded_attention_kernel(
                         basis, key_offset, head_tile, key_tiles, 2 * pairs * c, 2 * pairs, width
                     ),
                 )
-            if relative and not streams:
-                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N, dtype),)
+            if keeps_angles:
+                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N),)
         if rest > 0:
             pass_at = rotary_dim + tl.arange(0, rest)[None, :]
             q_pass = tl.load(query_row + pass_at, mask=valid & (pass_at < head_size), other=0.0)
@@ -242,79 +211,45 @@ def coded_attention_kernel(
 
         logits = tl.zeros([BLOCK_N, BLOCK_M] if swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
         if reconstruct:
+            zero = varying_zero(start)
             key_scale = _token_scales(key_scales + at, key_valid, key_scaled)
             for c in tl.static_range(half // pairs):
                 pair = c * pairs + tl.arange(0, pairs)[None, :]
                 start_row = start // tile_start_step * (2 * half) + pair
                 start_row = start_row, start_row + half
-                q_tile = rotated_query(q_rotary[c], tile_start_cos_sin, start_row, relative, dtype)
-                if relative and not streams:
-                    cos, sin = unpacked_cos_sin(cos_sin[c], dtype)
+                q_tile = rotated_query(
+                    q_rotary[c], tile_start_cos_sin, zero, start_row, relative, dtype
+                )
+                if keeps_angles:
+                    cos, sin = unpacked_cos_sin(cos_sin[c])
                 elif relative:
-                    cos, sin = load_cos_sin(in_tile_cos_sin, pair, half, BLOCK_N)
+                    loaded = load_in_tile(in_tile_cos_sin + zero, pair, half, BLOCK_N)
+                    cos, sin = unpacked_cos_sin(loaded)
                 else:
                     table_row = rotary_table + key_at[:, None] * rotary_dim + pair
                     in_table = key_valid[:, None] & (pair < rotary_dim // 2)
                     cos = tl.load(table_row, mask=in_table, other=0.0).to(tl.float32)
                     sin = tl.load(table_row + rotary_dim // 2, mask=in_table, other=0.0)
                     sin = sin.to(tl.float32)
-                if streams:
-                    columns = stream_columns(
-                        keys,
-                        basis,
-                        key_offset,
-                        head_tile,
-                        key_scale,
-                        key_tiles,
-                        key_scaled,
-                        2 * pairs * c,
-                        2 * pairs,
-                        width,
-                        precision,
-                    )
-                else:
-                    columns = reconstruct_columns(
-                        keys,
-                        bases[c][0],
-                        bases[c][1],
-                        key_scale,
-                        key_tiles,
-                        key_scaled,
-                        key_offset is not None,
-                        precision,
-                    )
+                columns = reconstruct_columns(
+                    *(keys, bases, c, basis),
+                    key_offset,
+                    *(head_tile, key_scale, streams),
+                    *(key_tiles, key_scaled, 2 * pairs * c, 2 * pairs, width, precision),
+                )
                 logits = add_scores(logits, q_tile, rotate(columns, cos, sin), swap_ab, precision)
             if rest > 0:
-                if streams:
-                    columns = stream_columns(
-                        keys,
-                        basis,
-                        key_offset,
-                        head_tile,
-                        key_scale,
-                        key_tiles,
-                        key_scaled,
-                        2 * half,
-                        rest,
-                        width,
-                        precision,
-                    )
-                else:
-                    columns = reconstruct_columns(
-                        keys,
-                        bases[half // pairs][0],
-                        bases[half // pairs][1],
-                        key_scale,
-                        key_tiles,
-                        key_scaled,
-                        key_offset is not None,
-                        precision,
-                    )
+                columns = reconstruct_columns(
+                    *(keys, bases, half // pairs, basis),
+                    key_offset,
+                    *(head_tile, key_scale, streams),
+                    *(key_tiles, key_scaled, 2 * half, rest, width, precision),
+                )
                 logits = add_scores(logits, q_pass, columns, swap_ab, precision)
         else:
             for t in tl.static_range(len(key_tiles)):
                 for plane in tl.static_range(tl.constexpr(key_tiles[t][1])):
-                    numbers = plane_of(keys[t], plane, key_tiles[t][1], dtype)
+                    numbers = plane_of(keys[t], plane, key_tiles[t][5], dtype)
                     q_plane = q_planes[key_tiles[t][3] + plane]
                     logits = add_scores(logits, q_plane, numbers, swap_ab, precision)
         if swap_ab:
@@ -360,7 +295,7 @@ def coded_attention_kernel(
                     add_values(
                         acc[value_tiles[t][3] + plane],
                         probs,
-                        plane_of(values[t], plane, value_tiles[t][1], dtype),
+                        plane_of(values[t], plane, value_tiles[t][5], dtype),
                         alpha,
                         swaps_values(tl.constexpr(value_tiles[t]), swap_ab),
                         precision,
@@ -375,7 +310,7 @@ def coded_attention_kernel(
         store_planes(target, acc, inverse, valid, value_eight, value_four, value_two, value_tiles)
     elif is_decode:
         slot = (sequence.to(tl.int64) * num_slots + row_query) * num_heads + head
-        slot = slot * num_splits + split
+        slot = slot * num_splits + tl.program_id(1)
         tl.store(partial_m + slot, m_i, mask=row_valid)
         tl.store(partial_l + slot, l_i, mask=row_valid)
         partial = partial_acc + slot[:, None] * partial_width

@@ -20,7 +20,8 @@ def tile_units(tile: tl.constexpr, eight, four, two):
     """Units `[tile.units]` of a tile among all of a token's, and which of them exist."""
     unit = tile[2] + tl.arange(0, tile[0])
     exists = unit < eight + four
-    if tile[1] == 8:
+    if tile[5] == 2:
+        unit = unit % (tile[0] // tile[6])
         exists = unit < two
         unit += eight + four
     return unit, exists
@@ -33,13 +34,15 @@ def plane_directions(tile: tl.constexpr, plane: tl.constexpr, eight, four, two):
     An odd plane of 8-bit codes has the directions of the plane before it.
     """
     unit = tile[2] + tl.arange(0, tile[0])
-    if tile[1] == 4:
+    if tile[5] == 4:
         is_eight = unit < eight
         direction = tl.where(is_eight, unit + plane // 2 * eight, eight + unit + plane * four)
         exists = unit < eight + four
         factor = tl.where(is_eight, 1.0, 1.0 / 16 ** (plane % 2))
     else:
-        direction = 2 * eight + 4 * four + unit + plane * two
+        plane_of_unit = plane + unit // (tile[0] // tile[6]) * tile[1]
+        unit = unit % (tile[0] // tile[6])
+        direction = 2 * eight + 4 * four + unit + plane_of_unit * two
         exists = unit < two
         factor = tl.full([tl.constexpr(tile[0])], 1.0, tl.float32)
     return direction, exists, factor
@@ -57,7 +60,10 @@ def load_keys(codes, at, valid, eight, four, two, tiles: tl.constexpr, stride: t
     for t in tl.static_range(len(tiles)):
         unit, exists = tile_units(tl.constexpr(tiles[t]), eight, four, two)
         places = codes + at[:, None] + (unit * stride)[None, :]
-        loaded = loaded + (tl.load(places, mask=valid[:, None] & exists[None, :], other=0),)
+        units = tl.load(places, mask=valid[:, None] & exists[None, :], other=0)
+        if tiles[t][6] > 1:
+            units = units >> _fold_shift(tl.constexpr(tiles[t]))[None, :]
+        loaded = loaded + (units,)
     return loaded
 
 
@@ -68,12 +74,22 @@ def load_values(codes, at, valid, eight, four, two, tiles: tl.constexpr, stride:
     for t in tl.static_range(len(tiles)):
         unit, exists = tile_units(tl.constexpr(tiles[t]), eight, four, two)
         places = codes + at[None, :] + (unit * stride)[:, None]
-        loaded = loaded + (tl.load(places, mask=valid[None, :] & exists[:, None], other=0),)
+        units = tl.load(places, mask=valid[None, :] & exists[:, None], other=0)
+        if tiles[t][6] > 1:
+            units = units >> _fold_shift(tl.constexpr(tiles[t]))[:, None]
+        loaded = loaded + (units,)
     return loaded
 
 
+@triton.jit
+def _fold_shift(tile: tl.constexpr):
+    """Bits by which units `[tile.units]` are shifted, so that planes of a fold are the lowest."""
+    fold = tl.arange(0, tile[0]) // (tile[0] // tile[6])
+    return (fold * (16 // tile[6])).to(tl.uint16)
+
+
 @triton.constexpr_function
-def unpacking(plane, planes, is_float16):
+def unpacking(plane, bits, is_float16):
     """PTX for plane `plane` of two units at once: 16-bit units in, numbers of `plane_of` out.
 
     The bits of a code become the upper bits of a mantissa, 1 + code / 16, or of the upper one of
@@ -93,7 +109,7 @@ def unpacking(plane, planes, is_float16):
 
     element = "f16" if is_float16 else "bf16"
     below, one = (6, 0x3C00) if is_float16 else (3, 0x3F80)
-    is_wide = planes == 4
+    is_wide = bits == 4
     # Two planes of 2-bit codes lie where one of 4-bit codes does.
     first, is_upper = (4 * plane, False) if is_wide else (plane // 2 * 4, plane % 2 == 1)
     shift = f"shr.b32 x, $1, {first - below};"
@@ -112,11 +128,11 @@ def unpacking(plane, planes, is_float16):
 
 
 @triton.jit
-def plane_of(units, plane: tl.constexpr, planes: tl.constexpr, dtype: tl.constexpr):
+def plane_of(units, plane: tl.constexpr, bits: tl.constexpr, dtype: tl.constexpr):
     """Codes of a plane less their middle, exactly; 16 times that in odd planes of wide units."""
     is_float16: tl.constexpr = dtype == tl.float16
     return tl.inline_asm_elementwise(
-        unpacking(plane, planes, is_float16),
+        unpacking(plane, bits, is_float16),
         "=r,r",
         [units],
         dtype=tl.float16 if is_float16 else tl.bfloat16,
@@ -194,7 +210,7 @@ def store_planes(target, sums, factor, valid, eight, four, two, tiles: tl.conste
                 tl.constexpr(tiles[t]), plane, eight, four, two
             )
             some = sums[tiles[t][3] + plane] * divided[None, :]
-            if tiles[t][1] == 4:
+            if tiles[t][5] == 4:
                 if plane % 2 == 0:
                     high = sums[tiles[t][3] + plane + 1]
                     some += tl.where((unit < eight)[None, :], high, 0.0)

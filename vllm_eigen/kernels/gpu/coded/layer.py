@@ -15,7 +15,7 @@ from vllm_eigen.kernels.gpu.coded.attention import coded_attention_kernel
 from vllm_eigen.kernels.gpu.coded.layout import CodeTile, code_tiles, code_units
 from vllm_eigen.kernels.gpu.coded.write import coded_write_kernel
 from vllm_eigen.kernels.gpu.layer import PROJECTED_TOKENS, Call, GpuLayer, precision
-from vllm_eigen.kernels.gpu.padding import Padding
+from vllm_eigen.kernels.gpu.padding import MIN_VALUE_UNITS, Padding
 from vllm_eigen.kernels.gpu.tiles import MIN_DOT, Tile, padded
 
 WRITTEN_TOKENS = 16
@@ -24,12 +24,12 @@ WRITTEN_TOKENS = 16
 
 def key_tiles(padding: Padding) -> tuple[CodeTile, ...]:
     """Those of a key's codes."""
-    return code_tiles(padding.key, padding.key_two)
+    return code_tiles(padding.key, padding.key_two, MIN_DOT)
 
 
 def value_tiles(padding: Padding) -> tuple[CodeTile, ...]:
     """Those of a value's codes."""
-    return code_tiles(padding.value, padding.value_two)
+    return code_tiles(padding.value, padding.value_two, MIN_VALUE_UNITS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,7 @@ class CodedGpuLayer(GpuLayer):
         value_basis = projection.value if projection else None
         tokens = WRITTEN_TOKENS if projection is None else PROJECTED_TOKENS
         key_code, value_code = self._codes
+        widest = self.sizes.widest
         coded_write_kernel[(triton.cdiv(num_tokens, tokens), spec.num_kv_heads, 2)](
             *(key, value),
             # Placeholders where nothing is projected, which begin on 16 bytes as bases do.
@@ -69,7 +70,10 @@ class CodedGpuLayer(GpuLayer):
             value_size=0 if value_basis is None else value.shape[2],
             projects_keys=basis is not None,
             projects_values=value_basis is not None,
-            **self._constants(self.sizes.widest),
+            **self._scaled,
+            # Every unit once.
+            key_tiles=code_tiles(widest.key, padded(widest.key_two), MIN_DOT),
+            value_tiles=code_tiles(widest.value, padded(widest.value_two), MIN_DOT),
             block_size=cache.shape[2],
             BLOCK_TOKENS=tokens,
             BLOCK_D=min(64, padded(max(key.shape[2], value.shape[2]))) if projection else MIN_DOT,
@@ -80,13 +84,16 @@ class CodedGpuLayer(GpuLayer):
 
     def _attend(self, call: Call, tile: Tile, *, is_decode: bool) -> None:
         key_code, value_code = self._codes
+        padding = self.sizes.padding
         coded_attention_kernel[self._grid(call, tile, is_decode)](
             *self._operands(call),
             self._partial_width,
             *self._strides(call),
             *(*code_units(key_code), *code_units(value_code)),
             **self._options(call, tile, is_decode),
-            **self._constants(self.sizes.padding),
+            **self._scaled,
+            key_tiles=key_tiles(padding),
+            value_tiles=value_tiles(padding),
             streams=tile.streams,
             # Only read with reconstructed keys: one compiled kernel serves all ranks otherwise.
             head_size=call.query.shape[2] if self.packed else 0,
@@ -104,12 +111,8 @@ class CodedGpuLayer(GpuLayer):
         assert value is not None
         return key, value
 
-    def _constants(self, padding: Padding) -> dict[str, Any]:
-        """What both kernels are compiled for."""
+    @property
+    def _scaled(self) -> dict[str, Any]:
+        """Whether tokens have scales."""
         key, value = self._codes
-        return {
-            "key_tiles": key_tiles(padding),
-            "value_tiles": value_tiles(padding),
-            "key_scaled": key.token_scale,
-            "value_scaled": value.token_scale,
-        }
+        return {"key_scaled": key.token_scale, "value_scaled": value.token_scale}

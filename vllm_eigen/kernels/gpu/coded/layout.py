@@ -11,9 +11,10 @@ first, then those of 4, then those of 2 bits, earlier directions in lower bits: 
 width, unit i holds directions i, i + n, .. of that width.
 
 A kernel reads "wide" units, those of 8 and 4 bits, as four planes of 4 bits, the others as eight
-planes of 2 bits. The odd planes of wide units count 16 times, so that two planes of an 8-bit
-code add up to it, 16 (high - 7.5) + low - 7.5 = code - 127.5; what multiplies an odd plane of 4-bit
-codes is divided by 16. Every number of a plane is exact in 16 bits.
+planes of 2 bits, or fewer where few units are folded. The odd planes of wide units count 16 times,
+so that two planes of an 8-bit code add up to it, 16 (high - 7.5) + low - 7.5 = code - 127.5; what
+multiplies an odd plane of 4-bit codes is divided by 16. Every number of a plane is exact in 16
+bits.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from typing import NamedTuple
 import torch
 
 from vllm_eigen.checkpoint.codes import Code
-from vllm_eigen.kernels.gpu.tiles import padded, rank_chunks
+from vllm_eigen.kernels.gpu.tiles import rank_chunks
 
 
 class CodeTile(NamedTuple):
     """Some units as a kernel holds them; constant when it is compiled.
 
-    units: padded to a power of two. planes: 4 of wide units, 8 of those with 2-bit codes.
+    units: padded to a power of two. planes: 4 of wide units, 8 / folds of those with 2-bit codes.
     first_unit: among wide units, 0 in a tile of 2-bit codes.
     first_plane, first_number: among those of all tiles.
+    bits: of a plane's numbers.
+    folds: how often units are there, each time shifted by 16 / folds bits more: few units of 2-bit
+        codes fill the tile of a product with some planes of theirs each time.
     """
 
     units: int
@@ -40,19 +44,26 @@ class CodeTile(NamedTuple):
     first_unit: int
     first_plane: int
     first_number: int
+    bits: int
+    folds: int
 
 
-def code_tiles(wide: int, two: int) -> tuple[CodeTile, ...]:
-    """The tiles of so many wide units and units of 2-bit codes, up to two and one."""
+def code_tiles(wide: int, two: int, least: int) -> tuple[CodeTile, ...]:
+    """The tiles of so many wide units and units of 2-bit codes, up to two and one.
+
+    two: a power of two, or 0. least: units of a tile of 2-bit codes.
+    """
     tiles: list[CodeTile] = []
     if wide:
         head, tail = rank_chunks(wide)
-        tiles.append(CodeTile(head, 4, 0, 0, 0))
+        tiles.append(CodeTile(head, 4, 0, 0, 0, 4, 1))
         if tail:
-            tiles.append(CodeTile(tail, 4, head, 4, 4 * head))
+            tiles.append(CodeTile(tail, 4, head, 4, 4 * head, 4, 1))
     if two:
         planes = sum(tile.planes for tile in tiles)
-        tiles.append(CodeTile(padded(two), 8, 0, planes, padded_codes(tiles)))
+        units = max(two, least)
+        folds = units // two
+        tiles.append(CodeTile(units, 8 // folds, 0, planes, padded_codes(tiles), 2, folds))
     return tuple(tiles)
 
 
@@ -74,10 +85,10 @@ def plane_order(code: Code, tiles: Sequence[CodeTile]) -> tuple[torch.Tensor, to
     """
     eight, four, two = code_units(code)
     directions, factors = [], []
-    for units, planes, first, *_ in tiles:
+    for units, planes, first, _, _, bits, folds in tiles:
         unit = first + torch.arange(units)
         for plane in range(planes):
-            if planes == 4:
+            if bits == 4:
                 is_eight = unit < eight
                 direction = torch.where(
                     is_eight, unit + plane // 2 * eight, eight + unit + plane * four
@@ -85,9 +96,10 @@ def plane_order(code: Code, tiles: Sequence[CodeTile]) -> tuple[torch.Tensor, to
                 factor = torch.where(is_eight, 1.0, 16.0 ** -(plane % 2))
                 exists = unit < eight + four
             else:
-                direction = 2 * eight + 4 * four + unit + plane * two
+                fold, folded = unit // (units // folds), unit % (units // folds)
+                direction = 2 * eight + 4 * four + folded + (plane + fold * planes) * two
                 factor = torch.ones(units)
-                exists = unit < two
+                exists = folded < two
             directions.append(torch.where(exists, direction, 0))
             factors.append(torch.where(exists, factor, 0.0))
     return torch.cat(directions), torch.cat(factors)

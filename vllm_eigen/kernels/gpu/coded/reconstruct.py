@@ -70,45 +70,26 @@ def load_basis_columns(
             loaded = loaded + (rows,)
     added = 0.0
     if offset is not None:
-        added = tl.load(offset + head * width + first + tl.arange(0, columns)[None, :])
+        added = load_offset(offset, head, first, columns, width)
     return loaded, added
+
+
+@triton.jit
+def load_offset(offset, head, first: tl.constexpr, columns: tl.constexpr, width: tl.constexpr):
+    """Columns `[1, columns]` from `first` on of the offsets of a head's keys."""
+    return tl.load(offset + head * width + first + tl.arange(0, columns)[None, :])
 
 
 @triton.jit
 def reconstruct_columns(
     units,
-    basis,
-    offset,
-    key_scale,
-    tiles: tl.constexpr,
-    scaled: tl.constexpr,
-    has_offset: tl.constexpr,
-    precision: tl.constexpr,
-):
-    """Columns of keys, float32 `[BLOCK_N, columns]`, before they are rotated.
-
-    units from `load_keys`, basis and offset from `load_basis_columns`, key_scale `[BLOCK_N]`.
-    """
-    keys = tl.zeros([units[0].shape[0], basis[0].shape[1]], tl.float32)
-    for t in tl.static_range(len(tiles)):
-        for plane in tl.static_range(tl.constexpr(tiles[t][1])):
-            rows = basis[tiles[t][3] + plane]
-            numbers = plane_of(units[t], plane, tiles[t][1], rows.dtype)
-            keys = tl.dot(numbers, rows, keys, input_precision=precision)
-    if scaled:
-        keys *= key_scale[:, None]
-    if has_offset:
-        keys += offset
-    return keys
-
-
-@triton.jit
-def stream_columns(
-    units,
+    bases,
+    index: tl.constexpr,
     basis,
     offset,
     head,
     key_scale,
+    streams: tl.constexpr,
     tiles: tl.constexpr,
     scaled: tl.constexpr,
     first: tl.constexpr,
@@ -116,15 +97,25 @@ def stream_columns(
     width: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """What `reconstruct_columns` makes, with a basis that is read where it is multiplied."""
+    """Columns of keys, float32 `[BLOCK_N, columns]`, before they are rotated.
+
+    units from `load_keys`, key_scale `[BLOCK_N]`, bases[index] from `load_basis_columns`. With
+    streams, the basis is read where it is multiplied instead.
+    """
     keys = tl.zeros([units[0].shape[0], columns], tl.float32)
     for t in tl.static_range(len(tiles)):
         for plane in tl.static_range(tl.constexpr(tiles[t][1])):
-            rows = load_plane_rows(basis, head, t, plane, tiles, first, columns, width)
-            numbers = plane_of(units[t], plane, tiles[t][1], rows.dtype)
+            if streams:
+                rows = load_plane_rows(basis, head, t, plane, tiles, first, columns, width)
+            else:
+                rows = bases[index][0][tiles[t][3] + plane]
+            numbers = plane_of(units[t], plane, tiles[t][5], rows.dtype)
             keys = tl.dot(numbers, rows, keys, input_precision=precision)
     if scaled:
         keys *= key_scale[:, None]
     if offset is not None:
-        keys += tl.load(offset + head * width + first + tl.arange(0, columns)[None, :])
+        if streams:
+            keys += load_offset(offset, head, first, columns, width)
+        else:
+            keys += bases[index][1]
     return keys

@@ -156,7 +156,7 @@ def _encode(
         for plane in tl.static_range(tl.constexpr(tiles[t][1])):
             direction, exists, _ = plane_directions(tl.constexpr(tiles[t]), plane, eight, four, two)
             unit, _ = tile_units(tl.constexpr(tiles[t]), eight, four, two)
-            if tiles[t][1] == 4 and plane % 2 == 1:
+            if tiles[t][5] == 4 and plane % 2 == 1:
                 exists &= unit >= eight
             x = _latents(
                 rows,
@@ -179,7 +179,7 @@ def _encode(
             latents = latents + (x,)
             if scaled:
                 nans = tl.maximum(nans, tl.max(is_nan.to(tl.int32), axis=1))
-                if tiles[t][1] == 4:
+                if tiles[t][5] == 4:
                     middle = tl.where(unit < eight, 127.5, 7.5)[None, :]
                     most = tl.div_rn(tl.abs(x), middle + tl.zeros_like(x))
                     needed = tl.maximum(needed, tl.max(most, axis=1))
@@ -204,13 +204,13 @@ def _encode(
                 is_number = (steps == steps) & (scale > 0.0)[:, None]
                 steps = tl.where(is_number, steps, 0.0)
             half = tl.full([tl.constexpr(tiles[t][0])], 2.0, tl.float32)
-            if tiles[t][1] == 4:
+            if tiles[t][5] == 4:
                 half = tl.where(unit < eight, 128.0, 8.0)
             code = tl.floor(steps) + half[None, :]
             code = tl.minimum(tl.maximum(code, 0.0), 2 * half[None, :] - 1).to(tl.int32)
-            if tiles[t][1] == 4 and plane % 2 == 1:
+            if tiles[t][5] == 4 and plane % 2 == 1:
                 code = tl.where((unit < eight)[None, :], 0, code)
-            units |= code << (16 // tiles[t][1] * plane)
+            units |= code << (tiles[t][5] * plane)
         # Neighbouring tokens are neighbours in memory: as the last dimension, lanes run along them.
         at = block[None, :] + (unit * block_size)[:, None] + offset[None, :]
         tl.store(at, tl.trans(units).to(tl.uint16), mask=exists[:, None] & stored[None, :])

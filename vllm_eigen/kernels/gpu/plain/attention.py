@@ -19,14 +19,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_eigen.kernels.gpu.plain.latents import (
+    load_latents,
+    load_query_chunks,
+    numbers_of,
+    store_sums,
+    zero_sums,
+)
 from vllm_eigen.kernels.gpu.plain.reconstruct import (
     PAIRS,
+    add_reconstructed,
     add_scores,
     load_columns,
     load_in_tile,
     load_pairs,
-    reconstruct_columns,
-    rotate,
     rotated_query,
     unpacked_cos_sin,
 )
@@ -35,8 +41,9 @@ from vllm_eigen.kernels.gpu.tile_steps import (
     STEP_INTEGERS,
     STEP_POINTERS,
     add_values,
-    find_sequence,
+    find_work,
     online_softmax,
+    varying_zero,
 )
 
 
@@ -82,16 +89,16 @@ def paged_attention_kernel(
     tiles_per_latent: tl.constexpr,
     reconstructed_per_tile: tl.constexpr,
     unit: tl.constexpr,
-    k_head: tl.constexpr,
-    k_tail: tl.constexpr,
-    v_head: tl.constexpr,
-    v_tail: tl.constexpr,
+    planes: tl.constexpr,
+    k_chunks: tl.constexpr,
+    v_chunks: tl.constexpr,
     block_size: tl.constexpr,
     window: tl.constexpr,
     has_cap: tl.constexpr,
     is_fp8: tl.constexpr,
     reconstruct: tl.constexpr,
     relative: tl.constexpr,
+    keeps_angles: tl.constexpr,
     tile_start_step: tl.constexpr,
     is_neox: tl.constexpr,
     rotary_dim: tl.constexpr,
@@ -111,75 +118,44 @@ def paged_attention_kernel(
     query `[num_tokens, num_heads, head_size or rank_k]`, output `[num_tokens, num_heads, rank_v]`,
     cache as in `Kernels`. Program (tile of heads + number of such tiles * tile of tokens, split).
     Decode covers sequences of at most max_decode queries, prefill (one split) the longer ones.
-    partial_acc `[num_seqs, num_slots, num_heads, num_splits, v_head + v_tail]`, partial_m and
+    partial_acc `[num_seqs, num_slots, num_heads, num_splits, padded rank_v]`, partial_m and
     partial_l without the last dimension receive the float32 results of sequences of several splits;
-    num_slots is what a decoded sequence may have of queries.
+    num_slots is what a decoded sequence may have of queries. Chunks and planes: `latents.py`.
     """
-    BLOCK_Q: tl.constexpr = BLOCK_M // heads_per_tile
-    # Ranks are known to be multiples of a unit, so that whole units are loaded at once.
-    rank_k = k_units * unit
-    rank_v = v_units * unit
-    width = rank_k + rank_v
-    num_tiles: tl.constexpr = num_heads // heads_per_tile
     dtype: tl.constexpr = query.dtype.element_ty
+    exists, sequence, head_tile, begin, end, only_split, rows = find_work(
+        query_start_loc,
+        seq_lens,
+        num_seqs,
+        split_size,
+        num_heads,
+        heads_per_tile,
+        window,
+        is_decode,
+        max_decode,
+        BLOCK_M,
+    )
+    if not exists:
+        return
+    row_query, query_at, token, head, row_valid = rows
+    # Ranks are known to be multiples of a unit, so that whole units are loaded at once.
+    k_words = k_units * (unit // planes)
+    v_words = v_units * (unit // planes)
+    width = k_words + v_words
+    is_e5m2: tl.constexpr = cache.dtype.element_ty == tl.float8e5
     # float16 holds e4m3: one instruction for two numbers, where bfloat16 takes five.
     value_dtype: tl.constexpr = tl.float16 if is_fp8 and dtype == tl.bfloat16 else dtype
     key_dtype: tl.constexpr = value_dtype if reconstruct else dtype
-    head_tile = tl.program_id(0) % num_tiles
-    q_block = tl.program_id(0) // num_tiles
-
-    if is_decode:
-        sequence = q_block
-        q_block = 0
-    else:
-        sequence = find_sequence(q_block, query_start_loc, num_seqs, BLOCK_Q)
-        q_block -= tl.load(query_start_loc + sequence) // BLOCK_Q + sequence
-    first_token = tl.load(query_start_loc + sequence)
-    num_queries = tl.load(query_start_loc + sequence + 1) - first_token
-    seq_len = tl.load(seq_lens + sequence)
-    if is_decode:
-        if (num_queries > max_decode) | (num_queries <= 0) | (seq_len <= 0):
-            return
-    else:
-        if (num_queries <= max_decode) | (q_block * BLOCK_Q >= num_queries) | (seq_len <= 0):
-            return
-        # The last queries see the most keys: start them first.
-        q_block = (num_queries - 1) // BLOCK_Q - q_block
-
-    # Rows of the tile: tokens, and for each of them the heads of this tile.
-    row = tl.arange(0, BLOCK_M)
-    row_query = q_block * BLOCK_Q + row // heads_per_tile
-    row_head = row % heads_per_tile
-    row_valid = (row < BLOCK_Q * heads_per_tile) & (row_query < num_queries)
-    query_at = seq_len - num_queries + row_query
-    token = (first_token + row_query).to(tl.int64)
-    head = head_tile * heads_per_tile + row_head
-
-    # Keys [begin, end) of all rows, then those of this split.
-    end = seq_len - num_queries + tl.minimum((q_block + 1) * BLOCK_Q, num_queries)
-    begin = 0
-    if window > 0:
-        begin = tl.maximum(seq_len - num_queries + q_block * BLOCK_Q - window + 1, 0)
-    split = tl.program_id(1)
-    only_split = True
-    if is_decode:
-        first_split = begin // split_size
-        only_split = (end - 1) // split_size == first_split
-        begin = tl.maximum(begin, (first_split + split) * split_size)
-        end = tl.minimum(end, (first_split + split + 1) * split_size)
-        if begin >= end:
-            return
 
     query_row = query + token[:, None] * query_stride_token + head[:, None] * query_stride_head
     valid = row_valid[:, None]
-    dim_k = tl.arange(0, k_head)[None, :]
-    dim_k_tail = k_head + tl.arange(0, k_tail if k_tail > 0 else 16)[None, :]
-    dim_v = tl.arange(0, v_head)[None, :]
-    dim_v_tail = v_head + tl.arange(0, v_tail if v_tail > 0 else 16)[None, :]
     if reconstruct:
         # Loaded here, bases stay in shared memory; other heads of a group are read again and again.
         first_reconstructed = head_tile * reconstructed_per_tile
-        row_reconstructed = (row_head // (heads_per_tile // reconstructed_per_tile))[:, None]
+        row_reconstructed = valid
+        if reconstructed_per_tile > 1:
+            row_head = tl.arange(0, BLOCK_M) % heads_per_tile
+            row_reconstructed = (row_head // (heads_per_tile // reconstructed_per_tile))[:, None]
         pairs: tl.constexpr = min(half, PAIRS)
         basis_width: tl.constexpr = 2 * half + rest
         q_rotary = ()
@@ -193,15 +169,11 @@ def paged_attention_kernel(
                     basis,
                     offset,
                     first_reconstructed,
-                    2 * pairs * c,
-                    2 * pairs,
-                    k_head,
-                    k_tail,
-                    basis_width,
+                    *(2 * pairs * c, 2 * pairs, basis_width, k_chunks, planes),
                 ),
             )
-            if relative:
-                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N, dtype),)
+            if keeps_angles:
+                cos_sin = cos_sin + (load_in_tile(in_tile_cos_sin, pair, half, BLOCK_N),)
         if rest > 0:
             pass_at = rotary_dim + tl.arange(0, rest)[None, :]
             q_pass = tl.load(query_row + pass_at, mask=valid & (pass_at < head_size), other=0.0)
@@ -210,17 +182,11 @@ def paged_attention_kernel(
                     basis,
                     offset,
                     first_reconstructed,
-                    2 * half,
-                    rest,
-                    k_head,
-                    k_tail,
-                    basis_width,
+                    *(2 * half, rest, basis_width, k_chunks, planes),
                 ),
             )
     else:
-        q_head = tl.load(query_row + dim_k, mask=valid & (dim_k < rank_k), other=0.0)
-        if k_tail > 0:
-            q_tail = tl.load(query_row + dim_k_tail, mask=valid & (dim_k_tail < rank_k), other=0.0)
+        q_chunks = load_query_chunks(query_row, valid, k_words, k_chunks, planes)
     if is_fp8 and offset is None:
         scale *= k_scale
     slope = 0.0
@@ -229,10 +195,12 @@ def paged_attention_kernel(
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([v_head, BLOCK_M] if swap_ab else [BLOCK_M, v_head], tl.float32)
-    if v_tail > 0:
-        acc_tail = tl.zeros([v_tail, BLOCK_M] if swap_ab else [BLOCK_M, v_tail], tl.float32)
-    kv_head_cache = cache + (head_tile // tiles_per_latent).to(tl.int64) * cache_stride_head
+    acc = zero_sums(v_chunks, planes, BLOCK_M, swap_ab)
+    words = cache
+    if planes > 1:
+        words = cache.to(tl.pointer_type(tl.uint16), bitcast=True)
+    stride_block = cache_stride_block // planes
+    words += (head_tile // tiles_per_latent).to(tl.int64) * (cache_stride_head // planes)
     table = block_table + sequence.to(tl.int64) * table_stride
 
     first = begin // BLOCK_N * BLOCK_N
@@ -242,92 +210,59 @@ def paged_attention_kernel(
         if block_size % BLOCK_N == 0:
             block = tl.load(table + start // block_size).to(tl.int64)
             tokens = start % block_size + tl.arange(0, BLOCK_N)
-            latents = kv_head_cache + block * cache_stride_block + tokens[:, None] * width
+            latents = words + block * stride_block + tokens[:, None] * width
         else:
             block = tl.load(table + key_at // block_size, mask=key_valid, other=0).to(tl.int64)
-            tokens = block * cache_stride_block + key_at % block_size * width
-            latents = kv_head_cache + tokens[:, None]
+            tokens = block * stride_block + key_at % block_size * width
+            latents = words + tokens[:, None]
         key_mask = key_valid[:, None]
-
-        keys = _load_latents(latents, dim_k, key_mask, rank_k, key_dtype)
-        keys_tail = keys
-        if k_tail > 0:
-            keys_tail = _load_latents(latents, dim_k_tail, key_mask, rank_k, key_dtype)
+        keys = load_latents(latents, key_mask, k_words, k_chunks)
 
         logits = tl.zeros([BLOCK_N, BLOCK_M] if swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
         if reconstruct:
+            zero = varying_zero(start)
             for c in tl.static_range(half // pairs):
                 pair = c * pairs + tl.arange(0, pairs)[None, :]
                 start_row = start // tile_start_step * (2 * half) + pair
                 start_row = start_row, start_row + half
-                q_tile = rotated_query(q_rotary[c], tile_start_cos_sin, start_row, relative, dtype)
-                if relative:
-                    cos, sin = unpacked_cos_sin(cos_sin[c], dtype)
+                q_tile = rotated_query(
+                    q_rotary[c], tile_start_cos_sin, zero, start_row, relative, dtype
+                )
+                if keeps_angles:
+                    cos, sin = unpacked_cos_sin(cos_sin[c])
+                elif relative:
+                    loaded = load_in_tile(in_tile_cos_sin + zero, pair, half, BLOCK_N)
+                    cos, sin = unpacked_cos_sin(loaded)
                 else:
                     table_row = rotary_table + key_at[:, None] * rotary_dim + pair
                     in_table = key_mask & (pair < rotary_dim // 2)
                     cos = tl.load(table_row, mask=in_table, other=0.0).to(tl.float32)
                     sin = tl.load(table_row + rotary_dim // 2, mask=in_table, other=0.0)
                     sin = sin.to(tl.float32)
-                for index in tl.static_range(reconstructed_per_tile):
-                    columns = bases[c]
-                    q_own = q_tile
-                    if index > 0:
-                        columns = load_columns(
-                            basis,
-                            offset,
-                            first_reconstructed + index,
-                            2 * pairs * c,
-                            2 * pairs,
-                            k_head,
-                            k_tail,
-                            basis_width,
-                        )
-                    if reconstructed_per_tile > 1:
-                        q_own = tl.where(row_reconstructed == index, q_tile, 0.0)
-                    of_key = reconstruct_columns(
-                        keys,
-                        keys_tail,
-                        columns,
-                        k_scale,
-                        has_tail=k_tail > 0,
-                        has_offset=offset is not None,
-                        is_fp8=is_fp8,
-                        precision=precision,
-                    )
-                    logits = add_scores(logits, q_own, rotate(of_key, cos, sin), swap_ab, precision)
+                logits = add_reconstructed(
+                    *(logits, q_tile, keys, bases[c], cos, sin, k_scale, basis),
+                    offset,
+                    *(first_reconstructed, row_reconstructed),
+                    *(2 * pairs * c, 2 * pairs, basis_width, k_chunks, planes, is_e5m2),
+                    *(reconstructed_per_tile, is_fp8, swap_ab, precision),
+                )
             if rest > 0:
-                for index in tl.static_range(reconstructed_per_tile):
-                    columns = bases[half // pairs]
-                    q_own = q_pass
-                    if index > 0:
-                        columns = load_columns(
-                            basis,
-                            offset,
-                            first_reconstructed + index,
-                            2 * half,
-                            rest,
-                            k_head,
-                            k_tail,
-                            basis_width,
-                        )
-                    if reconstructed_per_tile > 1:
-                        q_own = tl.where(row_reconstructed == index, q_pass, 0.0)
-                    of_key = reconstruct_columns(
-                        keys,
-                        keys_tail,
-                        columns,
-                        k_scale,
-                        has_tail=k_tail > 0,
-                        has_offset=offset is not None,
-                        is_fp8=is_fp8,
-                        precision=precision,
-                    )
-                    logits = add_scores(logits, q_own, of_key, swap_ab, precision)
+                logits = add_reconstructed(
+                    *(logits, q_pass, keys, bases[half // pairs]),
+                    None,
+                    None,
+                    *(k_scale, basis),
+                    offset,
+                    *(first_reconstructed, row_reconstructed),
+                    *(2 * half, rest, basis_width, k_chunks, planes, is_e5m2),
+                    *(reconstructed_per_tile, is_fp8, swap_ab, precision),
+                )
         else:
-            logits = add_scores(logits, q_head, keys, swap_ab, precision)
-            if k_tail > 0:
-                logits = add_scores(logits, q_tail, keys_tail, swap_ab, precision)
+            for c in tl.static_range(len(k_chunks)):
+                for plane in tl.static_range(planes):
+                    numbers = numbers_of(keys[c], plane, planes, is_e5m2, key_dtype)
+                    q_chunk = q_chunks[c * planes + plane]
+                    logits = add_scores(logits, q_chunk, numbers, swap_ab, precision)
         if swap_ab:
             logits = tl.trans(logits)
 
@@ -347,40 +282,28 @@ def paged_attention_kernel(
         )
         probs = probs.to(value_dtype)
         # Not before keys are done with: both would not fit the registers.
-        values = _load_latents(latents + rank_k, dim_v, key_mask, rank_v, value_dtype)
-        acc = add_values(acc, probs, tl.trans(values), alpha, swap_ab, precision)
-        if v_tail > 0:
-            more = _load_latents(latents + rank_k, dim_v_tail, key_mask, rank_v, value_dtype)
-            acc_tail = add_values(acc_tail, probs, tl.trans(more), alpha, swap_ab, precision)
+        values = load_latents(latents + k_words, key_mask, v_words, v_chunks)
+        new_acc = ()
+        for c in tl.static_range(len(v_chunks)):
+            for plane in tl.static_range(planes):
+                numbers = numbers_of(values[c], plane, planes, is_e5m2, value_dtype)
+                some = acc[c * planes + plane]
+                new_acc = new_acc + (
+                    add_values(some, probs, tl.trans(numbers), alpha, swap_ab, precision),
+                )
+        acc = new_acc
 
-    if swap_ab:
-        acc = tl.trans(acc)
-        if v_tail > 0:
-            acc_tail = tl.trans(acc_tail)
     if only_split:
         inverse = (v_scale if is_fp8 else 1.0) / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
         target = output + token[:, None] * output_stride_token + head[:, None] * output_stride_head
-        element = output.dtype.element_ty
-        tl.store(target + dim_v, (acc * inverse).to(element), mask=valid & (dim_v < rank_v))
-        if v_tail > 0:
-            tl.store(
-                target + dim_v_tail,
-                (acc_tail * inverse).to(element),
-                mask=valid & (dim_v_tail < rank_v),
-            )
+        store_sums(target, acc, inverse, valid, v_words, v_chunks, planes, swap_ab)
     elif is_decode:
         slot = (sequence.to(tl.int64) * num_slots + row_query) * num_heads + head
-        slot = slot * num_splits + split
+        slot = slot * num_splits + tl.program_id(1)
         tl.store(partial_m + slot, m_i, mask=row_valid)
         tl.store(partial_l + slot, l_i, mask=row_valid)
-        accs = partial_acc + slot[:, None] * (v_head + v_tail)
-        tl.store(accs + dim_v, acc, mask=valid)
-        if v_tail > 0:
-            tl.store(accs + dim_v_tail, acc_tail, mask=valid)
-
-
-@triton.jit
-def _load_latents(latents, dim, valid, rank, dtype: tl.constexpr):
-    """One chunk of a tile's latents `[BLOCK_N, chunk]`, zero where not valid or past the rank."""
-    loaded = tl.load(latents + dim, mask=valid & (dim < rank), other=0.0)
-    return loaded.to(dtype)
+        last: tl.constexpr = len(v_chunks) - 1
+        padded_words: tl.constexpr = v_chunks[last][0] + v_chunks[last][1]
+        partial = partial_acc + slot[:, None] * (planes * padded_words)
+        one = tl.full([BLOCK_M, 1], 1.0, tl.float32)
+        store_sums(partial, acc, one, valid, padded_words, v_chunks, planes, swap_ab)

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_eigen.kernels.gpu.plain.latents import load_basis_rows, numbers_of
 from vllm_eigen.kernels.gpu.tiles import MAX_BLOCK_N, MIN_DOT, padded, padded_pairs
 from vllm_eigen.kernels.interface import KeyReconstruction
 from vllm_eigen.kernels.rope import RotaryTable
@@ -34,12 +35,15 @@ class PackedRotary:
     """A `RotaryTable` as the kernel reads it; layers that rotate alike share one.
 
     in_tile: float32 `[MAX_BLOCK_N, 2 * half]`, cosines and sines of the first positions.
-    tile_start: float32 `[.., 2 * half]`, those of every TILE_START_STEP-th position. Both are None
+    in_tile_halves: int32 `[MAX_BLOCK_N, half]`, the same as two float16, for queries of 16 bits.
+        Their error of 2^-12 is that of float16 keys and an eighth of that of bfloat16 keys.
+    tile_start: float32 `[.., 2 * half]`, those of every TILE_START_STEP-th position. All are None
         where some pair does not rotate by a constant angle a position.
     """
 
     table: RotaryTable
     in_tile: torch.Tensor | None
+    in_tile_halves: torch.Tensor | None
     tile_start: torch.Tensor | None
 
 
@@ -62,7 +66,7 @@ class PackedReconstruction:
 def pack_rotary(rotary: RotaryTable) -> PackedRotary:
     """Pack a table; waits for the device."""
     table = rotary.cos_sin.contiguous()
-    in_tile = tile_start = None
+    in_tile = in_tile_halves = tile_start = None
     frequencies = rotary.frequencies
     if frequencies and None not in frequencies:
         half, pairs = max(MIN_DOT, padded(table.shape[1] // 2)), table.shape[1] // 2
@@ -70,9 +74,11 @@ def pack_rotary(rotary: RotaryTable) -> PackedRotary:
         # Angles must be 0 at position 0, or those of start and offset would not add up.
         if bool((table[0, :pairs] == gain).all()) and not bool(table[0, pairs:].any()):
             in_tile = _pad_table(table[:MAX_BLOCK_N] / gain, MAX_BLOCK_N, half)
+            both = in_tile.half().view(MAX_BLOCK_N, 2, half).transpose(1, 2).contiguous()
+            in_tile_halves = both.view(torch.int32).squeeze(2)
             rows = -(-table.shape[0] // TILE_START_STEP)
             tile_start = _pad_table(table[::TILE_START_STEP], rows, half)
-    return PackedRotary(replace(rotary, cos_sin=table), in_tile, tile_start)
+    return PackedRotary(replace(rotary, cos_sin=table), in_tile, in_tile_halves, tile_start)
 
 
 def pack(
@@ -157,13 +163,16 @@ def side_by_side(x, y):
 
 
 @triton.jit
-def rotated_query(loaded, tile_start_cos_sin, row, relative: tl.constexpr, dtype: tl.constexpr):
+def rotated_query(
+    loaded, tile_start_cos_sin, zero, row, relative: tl.constexpr, dtype: tl.constexpr
+):
     """Queries `[BLOCK_M, 2 * pairs]`, from `load_pairs`; turned back by a tile's start if relative.
 
-    row: of the tile's start in the table, one for cosines and one for sines.
+    zero: of `varying_zero`. row: of the tile's start in the table, one for cosines and one for
+    sines.
     """
     if dtype.primitive_bitwidth == 16:
-        x, y = _unpack_halves(loaded[0], dtype)
+        x, y = _unpack_halves(loaded[0] + zero, dtype)
     else:
         x, y = loaded
     if relative:
@@ -175,31 +184,22 @@ def rotated_query(loaded, tile_start_cos_sin, row, relative: tl.constexpr, dtype
 
 
 @triton.jit
-def load_cos_sin(table, pair, half: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Cosines and sines `[BLOCK_N, pairs]`, float32, of pairs of `PackedRotary.in_tile`."""
-    at = table + tl.arange(0, BLOCK_N)[:, None] * (2 * half) + pair
-    return tl.load(at), tl.load(at + half)
-
-
-@triton.jit
-def load_in_tile(table, pair, half: tl.constexpr, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
-    """What `load_cos_sin` loads, as it stays in registers through a loop.
-
-    For queries of 16 bits they are float16 and packed. Their error of 2^-12 is that of float16 keys
-    and an eighth of that of bfloat16 keys.
-    """
-    cos, sin = load_cos_sin(table, pair, half, BLOCK_N)
-    if dtype.primitive_bitwidth == 16:
-        loaded = (_pack_halves(cos.to(tl.float16), sin.to(tl.float16)),)
+def load_in_tile(table, pair, half: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Cosines and sines `[BLOCK_N, pairs]` of pairs of `PackedRotary.in_tile`, or both in one of
+    `in_tile_halves`."""
+    row = tl.arange(0, BLOCK_N)[:, None]
+    if table.dtype.element_ty == tl.int32:
+        loaded = (tl.load(table + row * half + pair),)
     else:
-        loaded = (cos, sin)
+        at = table + row * (2 * half) + pair
+        loaded = (tl.load(at), tl.load(at + half))
     return loaded
 
 
 @triton.jit
-def unpacked_cos_sin(loaded, dtype: tl.constexpr):
+def unpacked_cos_sin(loaded):
     """Cosines and sines in float32, from `load_in_tile`."""
-    if dtype.primitive_bitwidth == 16:
+    if loaded[0].dtype == tl.int32:
         cos, sin = _unpack_halves(loaded[0], tl.float16)
         cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     else:
@@ -214,25 +214,22 @@ def load_columns(
     head,
     first: tl.constexpr,
     columns: tl.constexpr,
-    rank_head: tl.constexpr,
-    rank_tail: tl.constexpr,
     width: tl.constexpr,
+    chunks: tl.constexpr,
+    planes: tl.constexpr,
 ):
     """Columns from `first` on of the head's packed basis of `width` columns.
 
-    Returns `[rank_head, columns]`, the tail's, and the offset `[1, columns]`; what a layer lacks is
-    a placeholder that is not read.
+    Returns `[words, columns]` of each plane of each chunk (`latents.py`), and the offset
+    `[1, columns]`, 0 where there is none.
     """
-    column = first + tl.arange(0, columns)[None, :]
-    basis += head * ((rank_head + rank_tail) * width)
-    loaded = tl.load(basis + tl.arange(0, rank_head)[:, None] * width + column)
-    tail, added = loaded, loaded
-    if rank_tail > 0:
-        rows = rank_head + tl.arange(0, rank_tail)[:, None]
-        tail = tl.load(basis + rows * width + column)
+    last: tl.constexpr = len(chunks) - 1
+    rank: tl.constexpr = planes * (chunks[last][0] + chunks[last][1])
+    rows = load_basis_rows(basis + head * (rank * width), first, columns, width, chunks, planes)
+    added = 0.0
     if offset is not None:
-        added = tl.load(offset + head * width + column)
-    return loaded, tail, added
+        added = tl.load(offset + head * width + first + tl.arange(0, columns)[None, :])
+    return rows, added
 
 
 @triton.jit
@@ -260,27 +257,56 @@ def add_scores(scores, query, keys, swap_ab: tl.constexpr, precision: tl.constex
 
 
 @triton.jit
-def reconstruct_columns(
-    keys,
-    keys_tail,
-    columns,
+def add_reconstructed(
+    scores,
+    query,
+    words,
+    first_basis,
+    cos,
+    sin,
     k_scale,
-    has_tail: tl.constexpr,
-    has_offset: tl.constexpr,
+    basis,
+    offset,
+    first_head,
+    row_head,
+    first: tl.constexpr,
+    columns: tl.constexpr,
+    width: tl.constexpr,
+    chunks: tl.constexpr,
+    planes: tl.constexpr,
+    is_e5m2: tl.constexpr,
+    heads: tl.constexpr,
     is_fp8: tl.constexpr,
+    swap_ab: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """Columns of keys, float32 `[BLOCK_N, columns]`, before they are rotated.
+    """`add_scores` of some columns of keys, reconstructed from `load_latents` and rotated.
 
-    keys, keys_tail: latents by chunks of the rank. columns: from `load_columns`.
+    Rows of the query `[BLOCK_M, columns]` meet keys of one of `heads` heads from first_head on:
+    row_head `[BLOCK_M, 1]` where there are several. first_basis, from `load_columns`, is that of
+    the first; those of others are read here. cos and sin are None where nothing is rotated.
     """
-    basis, basis_tail, offset = columns
-    product = tl.dot(keys, basis, input_precision=precision)
-    if has_tail:
-        product = tl.dot(keys_tail, basis_tail, product, input_precision=precision)
-    if is_fp8 and has_offset:
-        # Without, it multiplies the scores.
-        product *= k_scale
-    if has_offset:
-        product += offset
-    return product
+    for index in tl.static_range(heads):
+        own = first_basis
+        q_own = query
+        if index > 0:
+            own = load_columns(
+                basis, offset, first_head + index, first, columns, width, chunks, planes
+            )
+        if heads > 1:
+            q_own = tl.where(row_head == index, query, 0.0)
+        keys = tl.zeros([words[0].shape[0], columns], tl.float32)
+        for c in tl.static_range(len(chunks)):
+            for plane in tl.static_range(planes):
+                rows = own[0][c * planes + plane]
+                numbers = numbers_of(words[c], plane, planes, is_e5m2, rows.dtype)
+                keys = tl.dot(numbers, rows, keys, input_precision=precision)
+        if is_fp8 and offset is not None:
+            # Without, it multiplies the scores.
+            keys *= k_scale
+        if offset is not None:
+            keys += own[1]
+        if cos is not None:
+            keys = rotate(keys, cos, sin)
+        scores = add_scores(scores, q_own, keys, swap_ab, precision)
+    return scores
