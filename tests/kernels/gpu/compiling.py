@@ -30,7 +30,7 @@ def reports(module: str, *arguments: str) -> Reports:
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=1100,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)  # type: ignore[no-any-return]

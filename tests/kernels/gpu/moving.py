@@ -63,7 +63,7 @@ def run_interpreted(file: str) -> None:
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=1100,
     )
     assert result.returncode == 0, result.stdout[-6000:]
 
