@@ -13,9 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-IS_OTHER = "EIGEN_TEST_TRITON" in os.environ
-"""Whether the Triton is that of CUDA installs, 3.7, which keeps less in registers."""
-
 Reports = dict[str, list[dict[str, Any]]]
 
 

@@ -207,9 +207,10 @@ def paged_attention_kernel(
     for start in tl.range(first, end, BLOCK_N, disable_licm=not hoists):
         key_at = start + tl.arange(0, BLOCK_N)
         key_valid = (key_at >= begin) & (key_at < end)
+        zero = varying_zero(start)
         if block_size % BLOCK_N == 0:
             block = tl.load(table + start // block_size).to(tl.int64)
-            tokens = start % block_size + tl.arange(0, BLOCK_N)
+            tokens = start % block_size + zero + tl.arange(0, BLOCK_N)
             latents = words + block * stride_block + tokens[:, None] * width
         else:
             block = tl.load(table + key_at // block_size, mask=key_valid, other=0).to(tl.int64)
@@ -220,13 +221,16 @@ def paged_attention_kernel(
 
         logits = tl.zeros([BLOCK_N, BLOCK_M] if swap_ab else [BLOCK_M, BLOCK_N], tl.float32)
         if reconstruct:
-            zero = varying_zero(start)
             for c in tl.static_range(half // pairs):
                 pair = c * pairs + tl.arange(0, pairs)[None, :]
                 start_row = start // tile_start_step * (2 * half) + pair
                 start_row = start_row, start_row + half
+                q_pairs = q_rotary[c]
+                if half // pairs > 2:
+                    # From the L1 cache rather than kept.
+                    q_pairs = load_pairs(query_row + zero, pair, valid, rotary_dim // 2, is_neox)
                 q_tile = rotated_query(
-                    q_rotary[c], tile_start_cos_sin, zero, start_row, relative, dtype
+                    q_pairs, tile_start_cos_sin, zero, start_row, relative, dtype
                 )
                 if keeps_angles:
                     cos, sin = unpacked_cos_sin(cos_sin[c])
@@ -265,6 +269,11 @@ def paged_attention_kernel(
                     logits = add_scores(logits, q_chunk, numbers, swap_ab, precision)
         if swap_ab:
             logits = tl.trans(logits)
+        if reconstruct:
+            # Made again: while keys are reconstructed, every register is in use.
+            key_at = start + varying_zero(start + 1) + tl.arange(0, BLOCK_N)
+            key_valid = (key_at >= begin) & (key_at < end)
+            key_mask = key_valid[:, None]
 
         probs, alpha, m_i, l_i, _ = online_softmax(
             logits,
