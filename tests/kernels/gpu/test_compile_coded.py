@@ -60,7 +60,7 @@ DECODED: dict[str, tuple[Any, ...]] = {
 AMPERE = ("64", "128", "128, blocks of 16", "pre-rope 64", "pre-rope 128")
 """What is compiled for capability 8.0 as well."""
 COMPILED = [*((90, name) for name in CASES), *((80, name) for name in AMPERE)]
-SPILLED = {(80, "pre-rope 128"): 112}
+SPILLED = {(80, "pre-rope 128"): 56}
 """Bytes of a thread in decode, at most; all else spills nothing."""
 COUNTED = ("64", "128", "256")
 """Whose instructions are counted, for capability 9.0."""

@@ -22,12 +22,12 @@ from vllm_eigen.kernels.gpu.plain.reconstruct import TILE_START_STEP, PackedReco
 from vllm_eigen.kernels.gpu.plain.write import cache_write_kernel, down_project_and_write_kernel
 from vllm_eigen.kernels.gpu.plan import GpuPlan
 from vllm_eigen.kernels.gpu.tiles import (
-    KEPT_COLUMNS,
     MIN_DOT,
     Shape,
     Tile,
     Tuning,
     chunks,
+    kept_columns,
     padded,
 )
 from vllm_eigen.kernels.gpu.workspace import Partials, Workspace
@@ -241,6 +241,7 @@ class GpuLayer:
         heads = self._heads_per_tile(is_decode)
         relative = is_decode and self.tuning.relative_rotation and rotary is not None
         relative = relative and rotary is not None and rotary.in_tile is not None
+        kept = kept_columns(self.reads_shared)
         return {
             "num_heads": shape.num_heads,
             "heads_per_tile": heads,
@@ -251,7 +252,7 @@ class GpuLayer:
             "reconstruct": packed is not None,
             "relative": relative,
             # Those of wide keys would not fit the registers.
-            "keeps_angles": relative and not tile.streams and shape.columns <= KEPT_COLUMNS,
+            "keeps_angles": relative and not tile.streams and shape.columns <= kept,
             "tile_start_step": TILE_START_STEP,
             "is_neox": rotary is not None and rotary.table.is_neox_style,
             "rotary_dim": rotary.table.rotary_dim if rotary else 0,

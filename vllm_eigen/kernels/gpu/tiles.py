@@ -19,9 +19,6 @@ MAX_BLOCK_N = 128
 CHUNK_COLUMNS = 64
 """Columns of a key that are reconstructed at once."""
 
-KEPT_COLUMNS = 128
-"""Columns of a key at most whose angles stay in registers; others are read for each tile."""
-
 HOPPER_SHARED_BYTES = 232_448
 """What one program may use on compute capability 9.0."""
 
@@ -102,6 +99,11 @@ def reads_shared(shared_bytes: int) -> bool:
     return shared_bytes >= HOPPER_SHARED_BYTES
 
 
+def kept_columns(reads_shared: bool) -> int:
+    """Columns of a key at most whose angles stay in registers; others are read for each tile."""
+    return 128 if reads_shared else 64
+
+
 def rank_chunks(rank: int) -> tuple[int, int]:
     """Split a rank into two powers of two (the second may be 0): 77 is 64 + 16, not 128."""
     whole = max(MIN_DOT, triton.next_power_of_2(rank))
@@ -147,7 +149,8 @@ def fit(tile: Tile, heads: int, shape: Shape, shared_bytes: int) -> Tile:
         num_stages=min(tile.num_stages, 3) if takes_registers else tile.num_stages,
         swap_ab=tile.swap_ab and block_m < 64,
     )
-    while _shared_bytes(tile, heads, shape) > shared_bytes:
+    kept = kept_columns(reads_shared(shared_bytes))
+    while _shared_bytes(tile, heads, shape, kept) > shared_bytes:
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
         elif shape.is_coded and shape.columns > CHUNK_COLUMNS and not tile.streams:
@@ -192,7 +195,7 @@ def fit_decode(tuning: Tuning, shape: Shape, shared_bytes: int) -> tuple[Tile, i
     ), shape.heads_per_reconstructed
 
 
-def _shared_bytes(tile: Tile, heads: int, shape: Shape) -> int:
+def _shared_bytes(tile: Tile, heads: int, shape: Shape, kept: int) -> int:
     """Roughly what Triton 3.6 to 3.9 takes for a program on Hopper, from above."""
     in_flight = 1 + max(min(tile.num_stages - 1, 1), (tile.num_stages - 1) // 2)
     operands = shape.operands
@@ -215,7 +218,7 @@ def _shared_bytes(tile: Tile, heads: int, shape: Shape) -> int:
             # Bases in the layout of the other operand too, and keys of all heads but the last.
             keys = tile.block_n * shape.columns * shape.element_size
             reconstructed += bases * basis + (bases - 1) * keys
-        if tile.swap_ab and shape.columns > KEPT_COLUMNS and tile.num_stages > 1:
+        if tile.swap_ab and shape.columns > kept and tile.num_stages > 1:
             # Cosines and sines of decode, as two halves.
             reconstructed += tile.block_n * columns * 2
         if not tile.swap_ab:
