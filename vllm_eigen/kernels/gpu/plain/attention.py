@@ -158,12 +158,16 @@ def paged_attention_kernel(
             row_reconstructed = (row_head // (heads_per_tile // reconstructed_per_tile))[:, None]
         pairs: tl.constexpr = min(half, PAIRS)
         basis_width: tl.constexpr = 2 * half + rest
+        # Those for wide keys would not fit the registers, and come from the L1 cache.
+        keeps_queries: tl.constexpr = half // pairs <= 2
         q_rotary = ()
         cos_sin = ()
         bases = ()
         for c in tl.static_range(half // pairs):
             pair = c * pairs + tl.arange(0, pairs)[None, :]
-            q_rotary = q_rotary + (load_pairs(query_row, pair, valid, rotary_dim // 2, is_neox),)
+            if keeps_queries:
+                q_pairs = load_pairs(query_row, pair, valid, rotary_dim // 2, is_neox)
+                q_rotary = q_rotary + (q_pairs,)
             bases = bases + (
                 load_columns(
                     basis,
@@ -225,9 +229,9 @@ def paged_attention_kernel(
                 pair = c * pairs + tl.arange(0, pairs)[None, :]
                 start_row = start // tile_start_step * (2 * half) + pair
                 start_row = start_row, start_row + half
-                q_pairs = q_rotary[c]
-                if half // pairs > 2:
-                    # From the L1 cache rather than kept.
+                if keeps_queries:
+                    q_pairs = q_rotary[c]
+                else:
                     q_pairs = load_pairs(query_row + zero, pair, valid, rotary_dim // 2, is_neox)
                 q_tile = rotated_query(
                     q_pairs, tile_start_cos_sin, zero, start_row, relative, dtype
