@@ -17,7 +17,7 @@ import triton.language as tl
 from vllm_eigen.checkpoint.codes import Code
 from vllm_eigen.kernels.gpu.coded.codes import plane_of
 from vllm_eigen.kernels.gpu.coded.layout import CodeTile, plane_order
-from vllm_eigen.kernels.gpu.plain.reconstruct import PackedReconstruction
+from vllm_eigen.kernels.gpu.plain.reconstruct import PackedReconstruction, load_offset
 
 
 def by_planes(
@@ -72,12 +72,6 @@ def load_basis_columns(
     if offset is not None:
         added = load_offset(offset, head, first, columns, width)
     return loaded, added
-
-
-@triton.jit
-def load_offset(offset, head, first: tl.constexpr, columns: tl.constexpr, width: tl.constexpr):
-    """Columns `[1, columns]` from `first` on of the offsets of a head's keys."""
-    return tl.load(offset + head * width + first + tl.arange(0, columns)[None, :])
 
 
 @triton.jit

@@ -228,8 +228,14 @@ def load_columns(
     rows = load_basis_rows(basis + head * (rank * width), first, columns, width, chunks, planes)
     added = 0.0
     if offset is not None:
-        added = tl.load(offset + head * width + first + tl.arange(0, columns)[None, :])
+        added = load_offset(offset, head, first, columns, width)
     return rows, added
+
+
+@triton.jit
+def load_offset(offset, head, first: tl.constexpr, columns: tl.constexpr, width: tl.constexpr):
+    """Columns `[1, columns]` from `first` on of the offsets of a head's keys."""
+    return tl.load(offset + head * width + first + tl.arange(0, columns)[None, :])
 
 
 @triton.jit
