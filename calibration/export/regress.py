@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reduced-rank regression: the low-rank heads whose sum comes nearest to a target.
 
-    min  sum_tokens | y - sum_h c_h E_h F_h |^2 + ridge * sum_h | W_h - E_h F_h |^2
+    min  sum_tokens w | y - sum_h c_h E_h F_h |^2 + ridge * sum_h | W_h - E_h F_h |^2
 
 over encoders E_h [d, r] and decoders F_h [r, n], from second moments alone. The decoders of all
 heads together are least squares; one head's encoder and decoder, the others held, are the classic
@@ -21,7 +21,11 @@ _FLOOR = 1e-8
 
 
 class Sums:
-    """Second moments of features and targets, float64, and their means, summed over tokens."""
+    """Weighted second moments of features and targets, float64, summed over tokens, and means.
+
+    Attributes:
+        tokens: summed over.
+    """
 
     def __init__(self, features: int, targets: int, device: torch.device) -> None:
         def zeros(*shape: int) -> torch.Tensor:
@@ -29,21 +33,30 @@ class Sums:
 
         self.gram, self.cross = zeros(features, features), zeros(features, targets)
         self.feature_mean, self.target_mean = zeros(features), zeros(targets)
-        self._tokens = 0
+        self.tokens = 0
+        self._weight = 0.0
 
-    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        """Both are [..., tokens, size]."""
+    def add(self, features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add some tokens.
+
+        Args:
+            features, targets: [..., tokens, size]
+            weights: of their squared errors, [..., tokens], positive.
+        """
         x, y = (item.reshape(-1, item.shape[-1]).double() for item in (features, targets))
-        self.gram.addmm_(x.mT, x)
-        self.cross.addmm_(x.mT, y)
-        self._tokens += len(x)
-        self.feature_mean += (x.mean(0) - self.feature_mean) * len(x) / self._tokens
-        self.target_mean += (y.mean(0) - self.target_mean) * len(x) / self._tokens
+        weight = weights.reshape(-1, 1).double()
+        weighted = x * weight
+        self.gram.addmm_(weighted.mT, x)
+        self.cross.addmm_(weighted.mT, y)
+        self.tokens += len(x)
+        self._weight += float(weight.sum())
+        self.feature_mean += (weight * (x - self.feature_mean)).sum(0) / self._weight
+        self.target_mean += (weight * (y - self.target_mean)).sum(0) / self._weight
 
     def centred(self) -> Sums:
         """Subtract the means; the bias carries them."""
-        self.gram -= self._tokens * torch.outer(self.feature_mean, self.feature_mean)
-        self.cross -= self._tokens * torch.outer(self.feature_mean, self.target_mean)
+        self.gram -= self._weight * torch.outer(self.feature_mean, self.feature_mean)
+        self.cross -= self._weight * torch.outer(self.feature_mean, self.target_mean)
         return self
 
 
@@ -52,8 +65,8 @@ class Regression:
     """Sums over tokens, float64.
 
     Attributes:
-        gram: sum c^T c, [num_heads, d, num_heads, d]
-        cross: sum c^T y, [num_heads, d, n]
+        gram: sum w c^T c, [num_heads, d, num_heads, d]
+        cross: sum w c^T y, [num_heads, d, n]
     """
 
     gram: torch.Tensor

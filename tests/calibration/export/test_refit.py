@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_eigen.calibration.export.regress import Regression
+from vllm_eigen.calibration.export.regress import Regression, Sums
 from vllm_eigen.calibration.model.compressed import load_reference
 from vllm_eigen.calibration.model.source import open_source
 from vllm_eigen.calibration.model.text import read_files, sample_windows
@@ -85,6 +85,25 @@ def test_the_ridge_holds_what_the_text_does_not_decide() -> None:
     torch.testing.assert_close(nothing.with_ridge(weights, 1e-3).decoders(unit), weights)
 
 
+def test_sums_give_weighted_least_squares_with_a_bias() -> None:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(50, 6, generator=generator, dtype=torch.float64) + 2
+    targets = torch.randn(50, 4, generator=generator, dtype=torch.float64) - 1
+    weights = 10 ** torch.randn(50, generator=generator, dtype=torch.float64)
+    sums = Sums(6, 4, torch.device("cpu"))
+    for part in (slice(0, 20), slice(20, 50)):
+        sums.add(features[None, part], targets[None, part], weights[None, part])
+    sums = sums.centred()
+    problem = Regression(sums.gram.reshape(1, 6, 1, 6), sums.cross[None])
+    found = problem.decoders(torch.eye(6, dtype=torch.float64)[None])[0]
+    bias = sums.target_mean - sums.feature_mean @ found
+    rows = torch.cat([features, torch.ones(50, 1, dtype=torch.float64)], 1)
+    root = weights.sqrt()[:, None]
+    expected = torch.linalg.lstsq(rows * root, targets * root).solution
+    torch.testing.assert_close(torch.cat([found, bias[None]]), expected)
+    assert sums.tokens == 50
+
+
 def _nll(model: Any, tokens: torch.Tensor) -> float:
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits[:, :-1]
@@ -127,7 +146,7 @@ def test_the_checkpoint_is_what_was_measured(
         with torch.no_grad():
             logits = reference(windows.chosen, use_cache=False).logits
         distance[option] = float((logits - base).square().mean())
-    assert distance["--refit"] < 0.9 * distance["--no-refit"]
+    assert distance["--refit"] < 0.95 * distance["--no-refit"]
 
 
 def load_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
