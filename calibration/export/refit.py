@@ -37,7 +37,7 @@ from vllm_eigen.calibration.truncated import TruncatedModel
 
 PRIOR_TOKENS = 1.0
 """Pull to the base's projection: that of so many tokens for each of its inputs in which it is
-right. Without it 4,096 tokens make some models worse than no refit; with many it does not matter.
+right. With much less, 4,096 tokens make models worse than no refit; with many it hardly matters.
 """
 SWEEPS = 3
 """Passes over the heads that fit the encoders; more gain little."""

@@ -51,6 +51,6 @@ def test_a_shape_is_run_with_few_layers(tmp_path: Path, monkeypatch: pytest.Monk
         assert item["seconds"] > 1
         # Nearly all of it is Python and its libraries. Of their files only those pages count that
         # the system has mapped, which are fewer where the page cache is cold.
-        assert item["foretold_peak_bytes"] == pytest.approx(item["peak_bytes"], rel=0.5)
+        assert 0.7 <= item["foretold_peak_bytes"] / item["peak_bytes"] <= 1.5
     assert str(tmp_path) not in output.read_text()
     assert "extrapolated" in output.with_suffix(".md").read_text()

@@ -146,7 +146,7 @@ def test_the_checkpoint_is_what_was_measured(
         with torch.no_grad():
             logits = reference(windows.chosen, use_cache=False).logits
         distance[option] = float((logits - base).square().mean())
-    assert distance["--refit"] < 0.95 * distance["--no-refit"]
+    assert distance["--refit"] < 0.9 * distance["--no-refit"]
 
 
 def load_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
