@@ -39,8 +39,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) *
 def test_peak_memory_grows_with_a_layer_not_with_the_model(tmp_path: Path, text_file: Path) -> None:
     shape = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 12}
     shape["num_key_value_heads"] = 4
-    peaks = []
-    for layers in (4, 16):
+    peaks, sizes = [], []
+    for layers in (4, 24):
         model = build_model("llama", num_hidden_layers=layers, **shape)
         folder = save_model(model, tmp_path / f"m{layers}")
         size = sum(p.nbytes for p in model.model.layers.parameters())
@@ -67,9 +67,10 @@ def test_peak_memory_grows_with_a_layer_not_with_the_model(tmp_path: Path, text_
             cwd=Path(__file__).parents[2],
         )
         peaks.append(int(done.stdout))
-        model_bytes = size
-    assert model_bytes > 100e6
-    assert peaks[1] - peaks[0] < 2 * model_bytes / 16
+        sizes.append(size)
+    # The pages of libraries that the system has mapped vary by tens of megabytes.
+    assert sizes[1] - sizes[0] > 120e6
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 3
 
 
 def test_activations_past_the_limit_are_mapped(tmp_path: Path) -> None:
