@@ -41,7 +41,8 @@ class Calibrator:
 
     def __init__(self, job: Job, target: Target) -> None:
         self._job = job
-        self._rule = job.recipe.rank_method.rank_rule
+        assert job.recipe.rank_rule is not None, "coded latents have a calibrator of their own"
+        self._rule = job.recipe.rank_rule
         if job.recipe.refit:
             check_plain_residual(job)
         method = job.recipe.method

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_eigen.calibration.evaluation.metrics import Comparison, Quality
-from vllm_eigen.calibration.model.activations import ActivationStream
+from vllm_eigen.calibration.model.activations import ActivationStream, after_layers
 from vllm_eigen.calibration.model.hooks import LayerCache
 from vllm_eigen.calibration.model.layerwise import LayerwiseModel
 from vllm_eigen.calibration.truncated import TruncatedModel
@@ -30,12 +30,7 @@ class HeldOut:
         step: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._tokens = model, tokens
-        self._base = ActivationStream(model, tokens)
-        for index in range(model.num_layers):
-            layer = model.layer(index)
-            for _ in self._base.advance(index, layer):
-                pass
-            step()
+        self._base = after_layers(model, tokens, step)
 
     def quality(
         self,

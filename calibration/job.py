@@ -10,7 +10,12 @@ import torch
 from vllm_eigen.calibration.coding.budget import bytes_for
 from vllm_eigen.calibration.coding.values import codes_of
 from vllm_eigen.calibration.methods import get_method
-from vllm_eigen.calibration.methods.base import Method, RankMethod, StatisticsMethod
+from vllm_eigen.calibration.methods.base import (
+    Method,
+    RankMethod,
+    RankRule,
+    StatisticsMethod,
+)
 from vllm_eigen.calibration.model.activations import MEMORY_LIMIT, ActivationStream
 from vllm_eigen.calibration.model.layerwise import LayerwiseModel
 from vllm_eigen.calibration.model.source import Source
@@ -33,12 +38,14 @@ class Recipe:
         key_mode: where keys are compressed relative to the rotary embedding.
         head_group: neighbouring KV heads that share a latent head.
         refit: whether output projections are fitted to the compressed heads.
+        rank_rule: how ranks are chosen for a KV ratio; None where latents are coded.
     """
 
     method: Method
     key_mode: KeyMode
     head_group: int
     refit: bool
+    rank_rule: RankRule | None = None
 
     @classmethod
     def resolve(
@@ -50,6 +57,7 @@ class Recipe:
         prefer: Preference = Preference.MEMORY,
         head_group: int | None = None,
         refit: bool | None = None,
+        rank_rule: RankRule | None = None,
     ) -> Recipe:
         """The recipe for a model; None stands for the method's or the model's default.
 
@@ -57,13 +65,16 @@ class Recipe:
             UsageError: the method does not exist, or model or method do not support a choice.
         """
         chosen = get_method(method)
-        if not isinstance(chosen, RankMethod):
+        if isinstance(chosen, RankMethod):
+            rank_rule = rank_rule or chosen.rank_rule
+        else:
             codes_of(source.geometry.head_size)
         return cls(
             chosen,
             _key_mode(key_mode, prefer, source),
             _head_group(head_group, chosen, source.geometry.num_kv_heads),
             chosen.refit if refit is None else refit,
+            rank_rule,
         )
 
     @property
@@ -82,12 +93,6 @@ class Recipe:
     def uses_gradients(self) -> bool:
         """Whether the method needs a backward pass."""
         return not isinstance(self.method, StatisticsMethod)
-
-    @property
-    def rank_method(self) -> RankMethod:
-        """The method, which is one that drops directions."""
-        assert isinstance(self.method, RankMethod)
-        return self.method
 
     @property
     def needs_probabilities(self) -> bool:

@@ -100,9 +100,8 @@ def predict(options: Options) -> Prediction:
     length = min(options.length, source.max_positions)
     tokens = options.samples * length
     hidden = tokens * geometry.hidden_size * 4
-    probing = (
-        kv_ratio is not None and not recipe.coded and recipe.rank_method.rank_rule.measures_losses
-    )
+    rule = recipe.rank_rule
+    probing = kv_ratio is not None and rule is not None and rule.measures_losses
     trials = 2 * len(SHARES) * count if probing else 0
     # Every trial has hidden states of its own, once those of the text are gone.
     activations = hidden, trials * TOKENS * geometry.hidden_size * 4

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long texts with facts hidden in them: the "needle in a haystack" test with several keys.
+"""Long texts with facts hidden in them, and questions about the facts.
 
-As in RULER (Hsieh et al. 2024, "NIAH multi-key"), every text hides many facts of one form, and a
-question asks for one of them, so that the model must find the right key and not just any number.
+The tasks follow RULER (Hsieh et al. 2024): many facts have one form, so that a model must find the
+right key and not just any number, and some questions need several facts. All tasks share a text,
+so that it enters a prefix cache once.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import string
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from vllm_eigen.common.errors import InputError
@@ -20,6 +24,26 @@ NAMES = (
     "Ursula", "Victor", "Wendy", "Xavier", "Yvonne", "Zachary",
 )  # fmt: skip
 DIGITS = 5
+SEVERAL = 4
+"""Keys of a multi-query question, and values of a multi-value one."""
+HOPS = 4
+"""Assignments of a chain of variables after the first."""
+TASKS = ("multi-key", "multi-query", "multi-value", "variable tracking")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        task: one of `TASKS`.
+        tokens: ids to be put after the text.
+        expected: what the answer must contain.
+    """
+
+    task: str
+    tokens: tuple[int, ...]
+    expected: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -28,15 +52,21 @@ class Haystack:
 
     Attributes:
         tokens: ids of the text with its facts.
-        questions: ids of each question, to be put after the text.
-        answers: digits that must come first in each answer.
+        questions: about it.
         depths: where in the text each fact stands, 0 the beginning and 1 the end.
     """
 
     tokens: tuple[int, ...]
-    questions: tuple[tuple[int, ...], ...]
-    answers: tuple[str, ...]
+    questions: tuple[Question, ...]
     depths: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Facts of one task in their order, and (task, text, expected) of its questions."""
+
+    facts: list[str]
+    questions: Sequence[tuple[str, str, tuple[str, ...]]]
 
 
 def haystacks(
@@ -48,7 +78,7 @@ def haystacks(
         tokenizer: of the model.
         text: what the facts are hidden in; each haystack takes its own part of it.
         length: tokens of a text and a question together.
-        keys: facts a text, at most `len(NAMES)`.
+        keys: names with a code of their own, from `SEVERAL` to `len(NAMES)`.
         number: texts.
 
     Raises:
@@ -69,45 +99,100 @@ def haystacks(
 
     found = []
     for _ in range(number):
-        names = draw.sample(NAMES, keys)
-        codes = [str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS)) for _ in names]
-        facts = [
-            encode(f"The door code of {name} is {code}.\n")
-            for name, code in zip(names, codes, strict=True)
-        ]
-        questions = [
-            encode(
-                f"\nQuestion: What is the door code of {name}?\nAnswer: The door code of {name} is"
+        groups = [_codes(draw, keys), _several_values(draw), _variables(draw)]
+        facts = [encode(f"{fact}\n") for fact in _merged(draw, [item.facts for item in groups])]
+        questions = tuple(
+            Question(task, tuple(encode(f"\nQuestion: {asked}\nAnswer: {answer}")), expected)
+            for group in groups
+            for task, (asked, _, answer), expected in (
+                (task, question.partition("|"), expected)
+                for task, question, expected in group.questions
             )
-            for name in names
-        ]
-        room = length - len(begin) - max(map(len, questions)) - sum(map(len, facts))
+        )
+        longest = max(len(question.tokens) for question in questions)
+        room = length - len(begin) - longest - sum(map(len, facts))
         parts: list[list[int]] = []
         while room > 0 and lines:
             part = encode(lines.pop(0) + "\n")[:room]
             parts.append(part)
             room -= len(part)
-        if room != 0 or len(parts) < keys:
+        if room != 0 or not parts:
             raise InputError(
-                f"the text is too short for {number} haystacks of {length} tokens with {keys} "
-                "facts; give more text with --text, or fewer --haystacks"
+                f"the text is too short for {number} haystacks of {length} tokens, or the facts "
+                "are too many for these; give more text with --text, or fewer --haystacks or --keys"
             )
         tokens = list(begin)
         starts = []
         for index, part in enumerate(parts):
-            # The k-th fact stands before part number k * parts / keys.
-            for fact in facts[
-                -(-index * keys // len(parts)) : -(-(index + 1) * keys // len(parts))
-            ]:
+            # The k-th fact stands before part number k * parts / facts.
+            first, last = (-(-place * len(facts) // len(parts)) for place in (index, index + 1))
+            for fact in facts[first:last]:
                 starts.append(len(tokens))
                 tokens += fact
             tokens += part
-        found.append(
-            Haystack(
-                tuple(tokens),
-                tuple(map(tuple, questions)),
-                tuple(codes),
-                tuple(start / len(tokens) for start in starts),
-            )
-        )
+        depths = tuple(start / len(tokens) for start in starts)
+        found.append(Haystack(tuple(tokens), questions, depths))
     return found
+
+
+def _number(draw: random.Random) -> str:
+    return str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS))
+
+
+def _codes(draw: random.Random, keys: int) -> _Facts:
+    """A code for each name; asked for one, and for several at once."""
+    codes = {name: _number(draw) for name in draw.sample(NAMES, keys)}
+    questions: list[tuple[str, str, tuple[str, ...]]] = [
+        ("multi-key", f"What is the door code of {name}?|The door code of {name} is", (code,))
+        for name, code in codes.items()
+    ]
+    names = list(codes)
+    for start in range(0, keys - SEVERAL + 1, SEVERAL):
+        some = names[start : start + SEVERAL]
+        listed = f"{', '.join(some[:-1])} and {some[-1]}"
+        text = f"What are the door codes of {listed}?|The door codes of {listed} are"
+        questions.append(("multi-query", text, tuple(codes[name] for name in some)))
+    facts = [f"The door code of {name} is {code}." for name, code in codes.items()]
+    return _Facts(facts, questions)
+
+
+def _several_values(draw: random.Random) -> _Facts:
+    """Several numbers for each of some names, all of them asked for."""
+    numbers = {name: [_number(draw) for _ in range(SEVERAL)] for name in draw.sample(NAMES, 2)}
+    facts = [
+        f"One of the parcel numbers of {name} is {number}."
+        for name, many in numbers.items()
+        for number in many
+    ]
+    draw.shuffle(facts)
+    questions = [
+        (
+            "multi-value",
+            f"What are all {SEVERAL} parcel numbers of {name}?|The parcel numbers of {name} are",
+            tuple(many),
+        )
+        for name, many in numbers.items()
+    ]
+    return _Facts(facts, questions)
+
+
+def _variables(draw: random.Random) -> _Facts:
+    """A chain of assignments; all its variables are asked for."""
+    letters = "".join(draw.sample(string.ascii_uppercase, len(string.ascii_uppercase)))
+    chain = [letters[4 * place : 4 * place + 4] for place in range(HOPS + 1)]
+    number = _number(draw)
+    facts = [f"VAR {chain[0]} = {number}."]
+    facts += [f"VAR {new} = VAR {old}." for old, new in pairwise(chain)]
+    asked = (
+        f"Which {len(chain)} variables have the value {number}?|The variables with the value "
+        f"{number} are VAR"
+    )
+    return _Facts(facts, [("variable tracking", asked, tuple(chain))])
+
+
+def _merged(draw: random.Random, groups: list[list[str]]) -> list[str]:
+    """All facts in random order, those of a group in theirs."""
+    order = [index for index, group in enumerate(groups) for _ in group]
+    draw.shuffle(order)
+    sources = [iter(group) for group in groups]
+    return [next(sources[index]) for index in order]

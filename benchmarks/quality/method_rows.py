@@ -18,9 +18,12 @@ NOTE = (
     "positions where the likeliest token stays the same, each ± two standard errors over the test "
     "windows (paired). Float32 in plain transformers, not the engine. `NAME:G` has G KV heads to a "
     "latent head, `post-rope` caches keys after the rotary embedding, `no-refit` keeps the "
-    "output projections; `windows` is how many calibrated it, `time` how long that took, with the "
-    "allocation (wall time on a shared machine; `-`: not recorded). Made by `vllm-eigen bench "
-    "quality`; commands, versions and machine are in the JSON beside it."
+    "output projections, `refit` fits them, `global` allocates ranks by measured loss in place of "
+    "the method's own rule; `zero-shot` is the share of multiple-choice questions answered "
+    "correctly, with the difference from the uncompressed model, paired by question; `windows` is "
+    "how many calibrated it, `time` how long that took, with the allocation (wall time on a shared "
+    "machine; `-`: not recorded). Made by `vllm-eigen bench quality`; commands, versions and "
+    "machine are in the JSON beside it."
 )
 
 
@@ -39,6 +42,10 @@ class Row:
         test_seq_len: tokens of a test window.
         kl_noise, top1_noise: two standard errors; NaN where an older run did not record them.
         seconds: wall time of calibration and allocation; NaN likewise, and without calibration.
+        zero_shot: multiple-choice questions answered correctly, in percent; NaN if none were asked.
+        zero_shot_change, zero_shot_noise: points more than the base, and two standard errors of
+            that, paired by question.
+        questions: how many.
     """
 
     model: str
@@ -60,6 +67,10 @@ class Row:
     kl_noise: float = math.nan
     top1_noise: float = math.nan
     seconds: float = math.nan
+    zero_shot: float = math.nan
+    zero_shot_change: float = math.nan
+    zero_shot_noise: float = math.nan
+    questions: int = 0
 
     @property
     def key(self) -> tuple[str, str, int, int, int, float]:
@@ -101,8 +112,9 @@ def markdown(rows: Sequence[Row]) -> str:
             "",
             f"Perplexity {first.base_perplexity:.3f} uncompressed.",
             "",
-            "| KV ratio | method | windows | perplexity, % | KL | same token, % | time, s |",
-            "|---|---|---|---|---|---|---|",
+            "| KV ratio | method | windows | perplexity, % | KL | same token, % | zero-shot, % "
+            "| time, s |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in mine:
             plain = row.method in PLAIN_CACHES
@@ -112,9 +124,16 @@ def markdown(rows: Sequence[Row]) -> str:
             seconds = "-" if math.isnan(row.seconds) else f"{row.seconds:.0f}"
             parts.append(
                 f"| {row.reached:.2f} | {row.method} | {windows} "
-                f"| {row.increase:+.2f} ± {row.noise:.2f} | {kl} | {top1} | {seconds} |"
+                f"| {row.increase:+.2f} ± {row.noise:.2f} | {kl} | {top1} | {_zero_shot(row)} "
+                f"| {seconds} |"
             )
     return "\n".join(parts) + "\n"
+
+
+def _zero_shot(row: Row) -> str:
+    if not row.questions:
+        return "-"
+    return f"{row.zero_shot:.1f} ({row.zero_shot_change:+.1f} ± {row.zero_shot_noise:.1f})"
 
 
 def _spread(value: float, noise: float, form: str) -> str:

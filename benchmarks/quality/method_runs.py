@@ -9,13 +9,16 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vllm_eigen.benchmarks.quality.method_rows import Row
 from vllm_eigen.benchmarks.quality.plain_caches import PLAIN_CACHES, PlainCache
+from vllm_eigen.benchmarks.quality.streamed_scores import ZeroShot
 from vllm_eigen.calibration.held_out import HeldOut
 from vllm_eigen.calibration.job import Job, Recipe
+from vllm_eigen.calibration.methods.base import RankRule
 from vllm_eigen.calibration.methods.basis import LayerMaps
 from vllm_eigen.calibration.model.device import pick_device
 from vllm_eigen.calibration.model.hooks import LayerCache
@@ -31,16 +34,24 @@ from vllm_eigen.checkpoint.modes import KeyMode
 from vllm_eigen.common.errors import UsageError
 from vllm_eigen.common.progress import Reporter
 
+OPTIONS = ("post-rope", "no-refit", "refit", "global")
+
 
 @dataclass(frozen=True)
 class Variant:
-    """A method as the table names it: `NAME[:HEAD_GROUP][:post-rope][:no-refit]`."""
+    """A method as the table names it: `NAME[:HEAD_GROUP][:post-rope][:no-refit][:refit][:global]`.
+
+    Attributes:
+        refit: None for the method's own choice.
+        rank_rule: likewise.
+    """
 
     label: str
     method: str
     head_group: int
     post_rope: bool
-    no_refit: bool = False
+    refit: bool | None = None
+    rank_rule: RankRule | None = None
 
     def recipe(self, source: Source) -> Recipe:
         """What it is for a model.
@@ -53,15 +64,28 @@ class Variant:
             self.method,
             key_mode=KeyMode.POST_ROPE if self.post_rope else None,
             head_group=self.head_group,
-            refit=False if self.no_refit else None,
+            refit=self.refit,
+            rank_rule=self.rank_rule,
         )
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """Read a label."""
+        """Read a label.
+
+        Raises:
+            UsageError: an option is unknown.
+        """
         name, *options = text.split(":")
-        group = [int(part) for part in options if part.isdigit()]
-        return cls(text, name, (group or [1])[0], "post-rope" in options, "no-refit" in options)
+        groups = [int(part) for part in options if part.isdigit()]
+        unknown = {part for part in options if not part.isdigit()} - set(OPTIONS)
+        if unknown:
+            raise UsageError(
+                f"--methods {text}: {min(unknown)!r} is unknown; choose from {', '.join(OPTIONS)}"
+            )
+        refits = {"refit": True, "no-refit": False}
+        refit = next((refits[part] for part in options if part in refits), None)
+        rule = RankRule.GLOBAL if "global" in options else None
+        return cls(text, name, (groups or [1])[0], "post-rope" in options, refit, rule)
 
 
 class MethodRuns:
@@ -95,6 +119,9 @@ class MethodRuns:
             limit=args.test_tokens,
         )
         self._held_out = HeldOut(self._model, test)
+        self._zero_shot = (
+            ZeroShot(self._model, tokenizer, args.questions, args.limit) if args.questions else None
+        )
 
     def rows(self, variant: Variant, ratios: Sequence[float]) -> list[Row]:
         """Calibrate once, then allocate and measure for every ratio; plain caches have one only."""
@@ -151,6 +178,7 @@ class MethodRuns:
         losses = [item.kl_per_token for item in windows]
         same = [100 * item.top1_agreement for item in windows]
         growth = math.exp(statistics.fmean(gaps))
+        answered = {} if self._zero_shot is None else _answered(self._zero_shot, compressed, cache)
         row = Row(
             model=self._source.name,
             method=variant.label,
@@ -171,12 +199,27 @@ class MethodRuns:
             kl_noise=round(_two_errors(losses), 6),
             top1_noise=round(_two_errors(same), 2),
             seconds=round(seconds, 1),
+            **answered,
         )
         self._reporter.note(
             f"{row.model} {variant.label} {row.reached:g}: {row.increase:+.2f} % "
             f"(noise {row.noise:.2f}), KL {row.kl:.5f}"
         )
         return row
+
+
+def _answered(
+    zero_shot: ZeroShot, compressed: TruncatedModel, cache: LayerCache | None
+) -> dict[str, Any]:
+    """The fields of a row about multiple-choice questions."""
+    right = zero_shot.right(compressed, cache)
+    change = [100 * (int(a) - int(b)) for a, b in zip(right, zero_shot.base, strict=True)]
+    return {
+        "zero_shot": round(100 * statistics.fmean(right), 2),
+        "zero_shot_change": round(statistics.fmean(change), 2),
+        "zero_shot_noise": round(_two_errors(change), 2),
+        "questions": len(right),
+    }
 
 
 def _two_errors(values: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_eigen.benchmarks.lib.arguments import positive
 from vllm_eigen.common.errors import EigenError
 
 HELP = "perplexity of the calibration methods by KV ratio"
@@ -42,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(METHODS),
         metavar="M",
-        help="NAME[:HEAD_GROUP][:post-rope][:no-refit], or a cache: bf16, fp8, int8, int4",
+        help="NAME[:HEAD_GROUP][:post-rope][:no-refit][:refit][:global], or a cache: bf16, fp8, "
+        "int8, int4",
     )
     parser.add_argument("--samples", type=int, default=128, help="windows (%(default)s)")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens a window (%(default)s)")
@@ -50,6 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--test-seq-len", type=int, metavar="N", help="tokens a test window (as --seq-len)"
     )
     parser.add_argument("--test-tokens", type=int, default=40_000, help="(%(default)s)")
+    parser.add_argument(
+        "--questions",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="multiple-choice questions: jsonl of ctx, choices, gold",
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="first N questions of each file (all)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     parser.add_argument(
         "--device",

@@ -2,8 +2,8 @@
 """`vllm-eigen bench needle`: does a model with a compressed cache still find facts in long texts?
 
 Base and checkpoints are served by vLLM in turn. Every text enters the prefix cache once, so all its
-questions read keys and values from the cache. An answer counts if it begins with the digits asked
-for; differences from the base are paired by question.
+questions read keys and values from the cache. A question's score is the share of the expected
+strings that its answer contains, as in RULER; differences from the base are paired by question.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 from vllm_eigen.benchmarks.lib.arguments import positive
 
 if TYPE_CHECKING:
-    from vllm_eigen.benchmarks.quality.haystack import Haystack
+    from vllm_eigen.benchmarks.quality.haystack import Haystack, Question
     from vllm_eigen.common.progress import Reporter
 
+Scores = dict[tuple[int, str], list[float]]
+"""By length and task, one score a question."""
 HELP = "retrieval of facts hidden in long texts, as served"
 AT_ONCE = 8
 """Questions sent at once."""
+ANSWER_TOKENS = 12
+"""Tokens of an answer for each string expected."""
 POOL_BYTES = 512 << 20
 """KV pool of each server: room for one text and its questions."""
 
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths", nargs="+", type=positive, default=[4096], metavar="L", help="tokens (4096)"
     )
     parser.add_argument("--haystacks", type=positive, default=8, metavar="N", help="a length (8)")
-    parser.add_argument("--keys", type=positive, default=16, metavar="N", help="facts each (16)")
+    parser.add_argument("--keys", type=positive, default=16, metavar="N", help="codes each (16)")
     parser.add_argument("--seed", type=int, default=0, help="of names and numbers (0)")
     parser.add_argument("--dtype", default="auto", help="of the servers (auto)")
     parser.add_argument(
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_eigen.benchmarks.lib.results import collect_provenance, write_json
     from vllm_eigen.benchmarks.lib.servers import set_environment
-    from vllm_eigen.benchmarks.quality.haystack import NAMES, haystacks
+    from vllm_eigen.benchmarks.quality.haystack import NAMES, SEVERAL, haystacks
     from vllm_eigen.calibration.model.source import open_source
     from vllm_eigen.common.errors import InputError, UsageError
     from vllm_eigen.common.progress import Reporter
@@ -68,8 +72,10 @@ def run(args: argparse.Namespace) -> int:
     from vllm_eigen.plugin.vllm_version import check_vllm_version
 
     check_vllm_version()
-    if args.keys > len(NAMES):
-        raise UsageError(f"--keys {args.keys} is out of range; it is at most {len(NAMES)}")
+    if not SEVERAL <= args.keys <= len(NAMES):
+        raise UsageError(
+            f"--keys {args.keys} is out of range; it lies from {SEVERAL} to {len(NAMES)}"
+        )
     names = [path.name for path in args.eigen]
     if len(set(names)) < len(names):
         raise UsageError("--eigen: two checkpoints have the same folder name; rename one")
@@ -99,19 +105,21 @@ def run(args: argparse.Namespace) -> int:
         }
     rows = _rows(answers)
     write_json(args.output_json, {"rows": rows, "provenance": collect_provenance()})
-    table = Table(title=f"facts found in texts of {args.keys} facts")
-    for heading in ("cache", "tokens", "KV ratio", "found, %", "less base, points"):
-        table.add_column(heading, justify="left" if heading == "cache" else "right")
+    table = Table(title="facts found in long texts")
+    for heading in ("cache", "task", "tokens", "KV ratio", "found, %", "more than base"):
+        left = heading in ("cache", "task")
+        table.add_column(heading, justify="left" if left else "right")
     for row in rows:
         table.add_row(
             row["label"],
+            row["task"],
             f"{row['length']:,}",
             f"{row['kv_ratio']:.4f}",
             f"{row['found']:.1f} ± {row['found_error']:.1f}",
             f"{row['change']:+.1f} ± {row['change_error']:.1f}",
         )
     Console().print(table)
-    print("± is two standard errors; the change is paired by question.")
+    print("± is two standard errors; differences are points, paired by question.")
     return 0
 
 
@@ -128,68 +136,71 @@ def _serve(
     texts: dict[int, list[Haystack]],
     args: argparse.Namespace,
     reporter: Reporter,
-) -> tuple[float, dict[int, list[bool]]]:
-    """The KV ratio of one server, and by length which questions it answered."""
+) -> tuple[float, Scores]:
+    """The KV ratio of one server, and its scores."""
     from vllm_eigen.benchmarks.lib.endpoint import Endpoint
     from vllm_eigen.benchmarks.lib.servers import running
 
-    longest = max(texts) + 16
+    longest = max(texts) + 16 * ANSWER_TOKENS
     log = args.output_json.with_name(f"{args.output_json.stem}-{label.replace(' ', '-')}.log")
     options = ["--dtype", args.dtype, "--kv-cache-dtype", cache]
     options += ["--max-model-len", str(longest), "--kv-cache-memory-bytes", str(POOL_BYTES)]
     with running(model, *options, log=log) as server:
         endpoint = Endpoint(server.url)
         ratio = float(endpoint.kv_cache().get("kv_ratio") or 1.0)
-        found: dict[int, list[bool]] = {}
+        found: Scores = {}
         for length, many in texts.items():
             reporter.stage(f"{label}, {length:,} tokens", len(many))
-            found[length] = []
             for haystack in many:
-                found[length] += ask(endpoint.openai(), endpoint.model(), haystack)
+                scores = ask(endpoint.openai(), endpoint.model(), haystack)
+                for question, score in zip(haystack.questions, scores, strict=True):
+                    found.setdefault((length, question.task), []).append(score)
                 reporter.step()
     log.unlink()
     return ratio, found
 
 
-def ask(client: Any, model: str, haystack: Haystack) -> list[bool]:
-    """Whether the greedy answer to each question begins with its digits.
+def ask(client: Any, model: str, haystack: Haystack) -> list[float]:
+    """The share of its expected strings that the greedy answer to each question contains.
 
     Args:
         client: an `openai` client.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    def answer(index: int) -> bool:
+    def answer(question: Question) -> float:
         made = client.completions.create(
             model=model,
-            prompt=[*haystack.tokens, *haystack.questions[index]],
-            max_tokens=12,
+            prompt=[*haystack.tokens, *question.tokens],
+            max_tokens=ANSWER_TOKENS * len(question.expected),
             temperature=0,
+            stop=["\n"],
         )
         text: str = made.choices[0].text
-        return text.strip().startswith(haystack.answers[index])
+        return sum(item in text for item in question.expected) / len(question.expected)
 
     # The first question fills the prefix cache for the others.
-    first = answer(0)
+    first = answer(haystack.questions[0])
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return [first, *pool.map(answer, range(1, len(haystack.questions)))]
+        return [first, *pool.map(answer, haystack.questions[1:])]
 
 
-def _rows(answers: dict[str, tuple[float, dict[int, list[bool]]]]) -> list[dict[str, Any]]:
-    """One row a server and length; the first server is the one compared with."""
+def _rows(answers: dict[str, tuple[float, Scores]]) -> list[dict[str, Any]]:
+    """One row a server, length and task; the first server is the one compared with."""
     _, base = next(iter(answers.values()))
     rows = []
     for label, (ratio, found) in answers.items():
-        for length, right in found.items():
-            change = [int(a) - int(b) for a, b in zip(right, base[length], strict=True)]
+        for (length, task), scores in found.items():
+            change = [a - b for a, b in zip(scores, base[length, task], strict=True)]
             rows.append(
                 {
                     "label": label,
                     "length": length,
+                    "task": task,
                     "kv_ratio": ratio,
-                    "questions": len(right),
-                    "found": _percent(right)[0],
-                    "found_error": _percent(right)[1],
+                    "questions": len(scores),
+                    "found": _percent(scores)[0],
+                    "found_error": _percent(scores)[1],
                     "change": _percent(change)[0],
                     "change_error": _percent(change)[1],
                 }
@@ -197,7 +208,7 @@ def _rows(answers: dict[str, tuple[float, dict[int, list[bool]]]]) -> list[dict[
     return rows
 
 
-def _percent(values: Sequence[int]) -> tuple[float, float]:
+def _percent(values: Sequence[float]) -> tuple[float, float]:
     """Mean and two standard errors, in percent; the error of one value is not known."""
     from statistics import fmean, stdev
 

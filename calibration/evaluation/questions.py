@@ -10,7 +10,7 @@ Tasks by name come from that harness itself (`harness`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,14 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     return questions
 
 
+@dataclass(frozen=True)
+class Answer:
+    """Whether a question was answered correctly: by log-likelihood, and by that per character."""
+
+    right: bool
+    right_norm: bool
+
+
 def accuracy(
     scorer: Scorer,
     tokenizer: Any,
@@ -79,19 +87,27 @@ def accuracy(
     length: int,
     step: Callable[[], None] = lambda: None,
 ) -> Accuracy:
-    """Accuracy on the questions; contexts are cut on the left so that `length` tokens suffice."""
-    encoded = [_encode(tokenizer, *pair) for question in questions for pair in question.pairs]
-    scored = scorer(Continuation(tokens[-length:], count) for tokens, count in encoded)
+    """Accuracy on the questions; see `answers`."""
     right = right_norm = 0
-    for question in questions:
-        scores = [next(scored)[0] for _ in question.pairs]
-        sizes = [max(1, len(text.removeprefix(" "))) for _, text in question.pairs]
-        right += _best(scores) == question.gold
-        shares = [score / size for score, size in zip(scores, sizes, strict=True)]
-        right_norm += _best(shares) == question.gold
+    for answer in answers(scorer, tokenizer, questions, length=length):
+        right += answer.right
+        right_norm += answer.right_norm
         step()
     count = len(questions)
     return Accuracy(right / count, right_norm / count, count)
+
+
+def answers(
+    scorer: Scorer, tokenizer: Any, questions: Sequence[Question], *, length: int
+) -> Iterator[Answer]:
+    """One a question; contexts are cut on the left so that `length` tokens suffice."""
+    encoded = [_encode(tokenizer, *pair) for question in questions for pair in question.pairs]
+    scored = scorer(Continuation(tokens[-length:], count) for tokens, count in encoded)
+    for question in questions:
+        scores = [next(scored)[0] for _ in question.pairs]
+        sizes = [max(1, len(text.removeprefix(" "))) for _, text in question.pairs]
+        shares = [score / size for score, size in zip(scores, sizes, strict=True)]
+        yield Answer(_best(scores) == question.gold, _best(shares) == question.gold)
 
 
 def _pair(context: str, choice: str) -> tuple[str, str]:

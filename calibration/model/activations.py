@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,19 @@ class ActivationStream:
         """The windows of each forward call, of `count` windows."""
         for start in range(0, count, self._batch):
             yield slice(start, min(start + self._batch, count))
+
+
+def after_layers(
+    model: LayerwiseModel, tokens: torch.Tensor, step: Callable[[], None] = lambda: None
+) -> ActivationStream:
+    """Hidden states of tokens [num_windows, length] after the last layer; `step` once a layer."""
+    stream = ActivationStream(model, tokens)
+    for index in range(model.num_layers):
+        layer = model.layer(index)
+        for _ in stream.advance(index, layer):
+            pass
+        step()
+    return stream
 
 
 def allocate(shape: tuple[int, ...], limit: int, folder: Path | None = None) -> torch.Tensor:

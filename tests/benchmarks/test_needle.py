@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,15 @@ from hypothesis import strategies as st
 
 from tests import small_llama
 from vllm_eigen import cli
-from vllm_eigen.benchmarks.quality.haystack import NAMES, Haystack, haystacks
+from vllm_eigen.benchmarks.quality.haystack import (
+    HOPS,
+    NAMES,
+    SEVERAL,
+    TASKS,
+    Haystack,
+    Question,
+    haystacks,
+)
 from vllm_eigen.benchmarks.quality.needle import _rows, ask
 from vllm_eigen.calibration.model.source import open_source
 from vllm_eigen.common.errors import InputError
@@ -30,27 +40,45 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @settings(deadline=None, max_examples=20)
-@given(length=st.integers(900, 4000), keys=st.integers(1, 8), seed=st.integers(0, 9))
+@given(length=st.integers(2500, 5000), keys=st.integers(4, 8), seed=st.integers(0, 9))
 def test_texts_have_their_length_and_every_fact_once(
     tokenizer: Any, length: int, keys: int, seed: int
 ) -> None:
     [made] = haystacks(tokenizer, TEXT, length=length, keys=keys, number=1, seed=seed)
-    assert len(made.tokens) + max(map(len, made.questions)) == length
+    assert len(made.tokens) + max(len(item.tokens) for item in made.questions) == length
     text = tokenizer.decode(made.tokens)
-    assert len(set(made.questions)) == len(made.answers) == len(made.depths) == keys
-    for question, answer in zip(made.questions, made.answers, strict=True):
-        [name] = [name for name in NAMES if f"of {name} is" in tokenizer.decode(question)]
-        assert text.count(f"The door code of {name} is {answer}.") == 1
+    asked = {task: [item for item in made.questions if item.task == task] for task in TASKS}
+    assert [len(asked[task]) for task in TASKS] == [keys, keys // SEVERAL, 2, 1]
+    for task, questions in asked.items():
+        for question in questions:
+            said = tokenizer.decode(question.tokens)
+            names = [name for name in NAMES if re.search(rf"\b{name}\b", said)]
+            if task == "variable tracking":
+                number = re.findall(r"[0-9]+", said)[-1]
+                chain = [f"VAR {question.expected[0]} = {number}."]
+                chain += [f"VAR {new} = VAR {old}." for old, new in pairwise(question.expected)]
+                places = [text.index(link) for link in chain]
+                assert places == sorted(places)
+            elif task == "multi-value":
+                [name] = names
+                for value in question.expected:
+                    assert text.count(f"One of the parcel numbers of {name} is {value}.") == 1
+            else:
+                codes = re.findall(r"The door code of (\w+) is (\d+)\.", text)
+                assert sorted(code for name, code in codes if name in names) == sorted(
+                    question.expected
+                )
+    assert len(made.depths) == keys + 2 * SEVERAL + HOPS + 1
     assert list(made.depths) == sorted(made.depths)
     assert made.depths[0] < 0.1
     assert all(depth < 1 for depth in made.depths)
 
 
 def test_texts_differ_and_end_with_their_source(tokenizer: Any) -> None:
-    first, second = haystacks(tokenizer, TEXT, length=1500, keys=4, number=2, seed=0)
+    first, second = haystacks(tokenizer, TEXT, length=2500, keys=4, number=2, seed=0)
     assert first.tokens != second.tokens
     with pytest.raises(InputError, match="too short for 500 haystacks"):
-        haystacks(tokenizer, TEXT, length=1500, keys=4, number=500, seed=0)
+        haystacks(tokenizer, TEXT, length=2500, keys=4, number=500, seed=0)
 
 
 class Client:
@@ -64,15 +92,19 @@ class Client:
         return SimpleNamespace(choices=[SimpleNamespace(text=self.said[tuple(prompt)])])
 
 
-def test_an_answer_counts_if_it_begins_with_the_digits() -> None:
-    haystack = Haystack((1, 2), ((3,), (4,), (5,)), ("11111", "22222", "33333"), (0.1, 0.2, 0.3))
-    said = {(1, 2, 3): " 11111.", (1, 2, 4): " 2222", (1, 2, 5): " no, 33333"}
-    assert ask(Client(said), "any", haystack) == [True, False, False]
+def test_a_score_is_the_share_of_the_strings_found() -> None:
+    expected = [("11111",), ("22222",), ("33333", "44444", "55555", "66666")]
+    questions = tuple(
+        Question("multi-key", (index + 3,), strings) for index, strings in enumerate(expected)
+    )
+    said = {(1, 2, 3): " 11111.", (1, 2, 4): " 2222", (1, 2, 5): " 44444, 33333 and 12345"}
+    assert ask(Client(said), "any", Haystack((1, 2), questions, (0.1,))) == [1.0, 0.0, 0.5]
 
 
 def test_rows_compare_with_the_first_server() -> None:
-    right = [True, True, True, False]
-    rows = _rows({"base": (1.0, {64: right}), "coded": (0.25, {64: [True, False, True, False]})})
+    place = (64, "multi-key")
+    one, other = [1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0]
+    rows = _rows({"base": (1.0, {place: one}), "coded": (0.25, {place: other})})
     assert [row["found"] for row in rows] == [75.0, 50.0]
     assert (rows[0]["change"], rows[0]["change_error"]) == (0.0, 0.0)
     # Differences 0, -1, 0, 0: mean -0.25, standard deviation 0.5, two standard errors 0.5.
