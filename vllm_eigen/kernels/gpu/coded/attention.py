@@ -132,6 +132,7 @@ def coded_attention_kernel(
         query_start_loc,
         seq_lens,
         num_seqs,
+        num_slots,
         split_size,
         num_heads,
         heads_per_tile,

@@ -116,8 +116,10 @@ def paged_attention_kernel(
     """Attend from one tile of queries to one run of keys.
 
     query `[num_tokens, num_heads, head_size or rank_k]`, output `[num_tokens, num_heads, rank_v]`,
-    cache as in `Kernels`. Program (tile of heads + number of such tiles * tile of tokens, split).
-    Decode covers sequences of at most max_decode queries, prefill (one split) the longer ones.
+    cache as in `Kernels`. Decode covers sequences of at most max_decode queries, prefill (one
+    split) the longer ones. The programs of decode are (sequence, tile of heads, tile of tokens) on
+    axis 0, tiles of tokens innermost, and splits on axis 1; those of prefill (tile of tokens, tile
+    of heads) on axis 0.
     partial_acc `[num_seqs, num_slots, num_heads, num_splits, padded rank_v]`, partial_m and
     partial_l without the last dimension receive the float32 results of sequences of several splits;
     num_slots is what a decoded sequence may have of queries. Chunks and planes: `latents.py`.
@@ -127,6 +129,7 @@ def paged_attention_kernel(
         query_start_loc,
         seq_lens,
         num_seqs,
+        num_slots,
         split_size,
         num_heads,
         heads_per_tile,
