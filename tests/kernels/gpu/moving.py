@@ -84,6 +84,9 @@ class Moving:
         self.inner = GpuKernels(TUNINGS[index])
         if shared_bytes is not None:
             self.inner._shared_bytes = shared_bytes
+        # Partial results that nobody wrote are NaN.
+        device = "cuda" if HAS_GPU else "cpu"
+        self.inner.workspace._buffer = torch.full((1 << 20,), torch.nan, device=device)
         self.hints = hints
         self.peers = peers
 

@@ -121,14 +121,14 @@ def unpacked(part: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor
 def test_decodes_up_to_16_queries(
     queries_per_head: int, reconstruct: bool, window: int | None
 ) -> None:
-    """In splits of 64 keys, in which some queries of a sequence see none; 17 are a prompt."""
+    """In splits of 64 keys, of which some queries of a sequence see fewer; 17 are a prompt."""
     code = Code(eight=4, four=24, token_scale=True)
     case = Case(
         num_kv_heads=1,
         queries_per_head=queries_per_head,
         rank_k=code.rank,
         rank_v=code.rank,
-        sequences=((119, 16), (60, 7), (70, 1), (3, 17)),
+        sequences=((108, 16), (60, 7), (70, 1), (3, 17)),
         reconstruct=reconstruct,
         window=window,
         codes=(code, code),

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tests.kernels.cases import Case, expected, layer_of, make, run, step_of, tolerance
 from tests.kernels.gpu.moving import (
     HAS_GPU,
+    INTERPRETED,
     RUNS_HERE,
     SETTINGS,
     Moving,
@@ -107,18 +108,35 @@ def test_bounds_and_company_change_nothing(reconstruct: bool) -> None:
 def test_decodes_up_to_16_queries(
     queries_per_head: int, reconstruct: bool, window: int | None, cache_dtype: torch.dtype | None
 ) -> None:
-    """In splits of 64 keys, in which some queries of a sequence see none; 17 are a prompt."""
+    """In splits of 64 keys, of which some queries of a sequence see fewer; 17 are a prompt."""
     case = Case(
         num_kv_heads=1,
         queries_per_head=queries_per_head,
         rank_k=20,
         rank_v=18,
-        sequences=((119, 16), (60, 7), (90, 1), (0, 16), (47, 17)),
+        sequences=((108, 16), (60, 7), (90, 1), (0, 16), (47, 17)),
         reconstruct=reconstruct,
         window=window,
         cache_dtype=cache_dtype,
     )
     close(case, Moving(1, hints=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter calls")
+def test_decode_programs_without_queries_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_eigen.kernels.gpu.plain import attention
+
+    tiles, softmax = [], attention.online_softmax
+
+    def counted(logits: Any, *rest: Any) -> Any:
+        tiles.append(logits.shape)
+        return softmax(logits, *rest)
+
+    monkeypatch.setattr(attention, "online_softmax", counted)
+    case = Case(num_kv_heads=1, queries_per_head=4, sequences=((4, 16), (9, 1), (0, 6)))
+    close(case, Moving(hints=True))
+    # Of three sequences with four programs each: 16, 1 and 6 queries, four a program.
+    assert len(tiles) == 4 + 1 + 2
 
 
 @needs_kernels
