@@ -205,7 +205,7 @@ def test_up_to_16_queries_are_decoded(
     assert len(grids) == len(launches)
     slots = 16 if is_prefilled and not on_host else decoded
     assert ("prefill" in grids) == is_prefilled
-    assert grids.get("decode") == ((3 * -(-slots // 4) * 8, 16) if slots else None)
+    assert grids.get("decode") == ((-(-slots // 4) * 8, 3, 16) if slots else None)
     assert grids.get("combine_splits_kernel") == ((32, 3, slots) if slots else None)
 
 

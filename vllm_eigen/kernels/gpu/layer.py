@@ -186,16 +186,14 @@ class GpuLayer:
         """Query heads that a program serves."""
         return self.decode_heads if is_decode else self.shape.heads_per_reconstructed
 
-    def _grid(self, call: Call, tile: Tile, is_decode: bool) -> tuple[int, int]:
+    def _grid(self, call: Call, tile: Tile, is_decode: bool) -> tuple[int, int, int]:
         """Programs of an attention kernel."""
         heads = self._heads_per_tile(is_decode)
         num_seqs = call.plan.step.seq_lens.shape[0]
-        block_q = tile.block_m // heads
+        num_tiles, block_q = self.shape.num_heads // heads, tile.block_m // heads
         if is_decode:
-            blocks = num_seqs * triton.cdiv(call.num_slots, block_q)
-        else:
-            blocks = call.query.shape[0] // block_q + num_seqs
-        return blocks * (self.shape.num_heads // heads), call.num_splits if is_decode else 1
+            return num_tiles * triton.cdiv(call.num_slots, block_q), num_seqs, call.num_splits
+        return num_tiles * (call.query.shape[0] // block_q + num_seqs), 1, 1
 
     def _operands(self, call: Call) -> tuple[Any, ...]:
         """What both attention kernels begin with: tensors, and how the step is cut."""

@@ -50,7 +50,6 @@ def find_work(
     query_start_loc,
     seq_lens,
     num_seqs,
-    num_slots,
     split_size,
     num_heads: tl.constexpr,
     heads_per_tile: tl.constexpr,
@@ -68,17 +67,12 @@ def find_work(
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // heads_per_tile
     num_tiles: tl.constexpr = num_heads // heads_per_tile
-    program = tl.program_id(0)
-    q_block = 0
+    head_tile = tl.program_id(0) % num_tiles
+    q_block = tl.program_id(0) // num_tiles
     if is_decode:
-        # Blocks of one sequence's queries are neighbours: they read the same keys, from L2.
-        q_blocks = tl.cdiv(num_slots, BLOCK_Q)
-        q_block = program % q_blocks
-        program //= q_blocks
-    head_tile = program % num_tiles
-    sequence = program // num_tiles
-    if not is_decode:
-        q_block = sequence
+        # Blocks of a sequence's queries run beside each other, and read the same keys from L2.
+        sequence = tl.program_id(1)
+    else:
         sequence = find_sequence(q_block, query_start_loc, num_seqs, BLOCK_Q)
         q_block -= tl.load(query_start_loc + sequence) // BLOCK_Q + sequence
     first_token = tl.load(query_start_loc + sequence)
@@ -108,7 +102,7 @@ def find_work(
         # Splits are numbered from the first key that the sequence's first query sees.
         first_split = first_key(seq_len, num_queries, window) // split_size
         only_split = (seq_len - 1) // split_size == first_split
-        split = first_split + tl.program_id(1)
+        split = first_split + tl.program_id(2)
         begin = tl.maximum(begin, split * split_size)
         end = tl.minimum(end, (split + 1) * split_size)
         exists &= begin < end
