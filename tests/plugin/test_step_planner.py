@@ -23,6 +23,7 @@ def _common(num_reqs: int = 2) -> Any:
     """What the planner reads of vLLM's `CommonAttentionMetadata`, padded by one sequence."""
     return SimpleNamespace(
         query_start_loc=torch.arange(num_reqs + 2, dtype=torch.int32),
+        query_start_loc_cpu=torch.arange(num_reqs + 2, dtype=torch.int32),
         seq_lens=torch.ones(num_reqs + 1, dtype=torch.int32),
         block_table_tensor=torch.zeros(num_reqs + 1, 3, dtype=torch.int32),
         num_reqs=num_reqs,
@@ -41,6 +42,7 @@ def test_layers_of_equal_geometry_share_a_plan() -> None:
     assert planner.plan(common, OTHER) is not plan
     assert planner.plan(common, GEOMETRY) is plan
     assert (plan.step.query_start_loc.shape, plan.step.block_table.shape) == ((3,), (2, 3))
+    assert plan.step.query_start_loc_cpu.tolist() == [0, 1, 2]
     assert (plan.step.num_actual_tokens, plan.step.max_seq_len) == (2, 7)
     assert planner.plan(_common(), GEOMETRY) is not plan
 

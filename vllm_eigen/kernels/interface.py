@@ -224,6 +224,7 @@ class Step:
     num_actual_tokens: query tokens without padding.
     max_query_len, max_seq_len: upper bounds known on the host (in a captured graph: for all of its
         replays); None is unknown. They may spare work and change no result.
+    query_start_loc_cpu: the same as query_start_loc on the host, or None. It may spare work too.
     """
 
     query_start_loc: torch.Tensor
@@ -232,6 +233,7 @@ class Step:
     num_actual_tokens: int
     max_query_len: int | None = None
     max_seq_len: int | None = None
+    query_start_loc_cpu: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

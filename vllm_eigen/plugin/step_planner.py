@@ -77,6 +77,7 @@ class StepPlanner:
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
+            query_start_loc_cpu=common.query_start_loc_cpu[: num_seqs + 1],
         )
         return self.kernels.plan(step, geometry)
 

@@ -78,6 +78,7 @@ def batches() -> Iterator[tuple[list[int], list[int]]]:
         yield [1000 + i for i in range(count)], [1] * count
     yield [131_000] + [1000] * 255, [1] * 256  # In parts, for the workspace has no room.
     yield [700] * 5, [3] * 5
+    yield [700, 20, 131_000], [16, 1, 9]
     yield [17], [17]
     yield [4000], [1024]
     yield [90_000, 5, 2000, 1], [1, 5, 999, 1]
@@ -124,5 +125,6 @@ def inputs(spec: LayerSpec, lengths: list[int], queries: list[int], shift: int =
             num_actual_tokens=tokens,
             max_query_len=max(queries),
             max_seq_len=max(lengths),
+            query_start_loc_cpu=starts[shift:],
         ),
     )

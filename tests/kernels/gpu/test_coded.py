@@ -112,6 +112,31 @@ def unpacked(part: torch.Tensor, code: Code) -> tuple[torch.Tensor, torch.Tensor
 
 
 @needs_kernels
+@pytest.mark.parametrize(
+    ("queries_per_head", "reconstruct", "window"),
+    list(product((1, 4, 8), (False, True), (None, 50)))
+    if HAS_GPU
+    else [(1, False, None), (4, True, 50), (8, False, 50)],
+)
+def test_decodes_up_to_16_queries(
+    queries_per_head: int, reconstruct: bool, window: int | None
+) -> None:
+    """In splits of 64 keys, of which some queries of a sequence see fewer; 17 are a prompt."""
+    code = Code(eight=4, four=24, token_scale=True)
+    case = Case(
+        num_kv_heads=1,
+        queries_per_head=queries_per_head,
+        rank_k=code.rank,
+        rank_v=code.rank,
+        sequences=((108, 16), (60, 7), (70, 1), (3, 17)),
+        reconstruct=reconstruct,
+        window=window,
+        codes=(code, code),
+    )
+    close(case, Moving(1, hints=True))
+
+
+@needs_kernels
 @pytest.mark.parametrize("shared_bytes", [None, 48_000])
 def test_heads_of_256(shared_bytes: int | None) -> None:
     """Their keys are reconstructed in four chunks of columns, whose bases fit at once or not."""

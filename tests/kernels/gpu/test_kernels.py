@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tests.kernels.cases import Case, expected, layer_of, make, run, step_of, tolerance
 from tests.kernels.gpu.moving import (
     HAS_GPU,
+    INTERPRETED,
     RUNS_HERE,
     SETTINGS,
     Moving,
@@ -89,12 +90,53 @@ def test_bounds_and_company_change_nothing(reconstruct: bool) -> None:
         queries_per_head=2,
         rank_k=20,
         rank_v=17,
-        sequences=((140, 1), (0, 30), (90, 3)),
+        # 11 queries of two heads are in two decode programs.
+        sequences=((140, 11), (0, 30), (90, 3)),
         reconstruct=reconstruct,
         rotary_dim=16,
         window=100,
     )
     alone_as_in_company(case)
+
+
+@needs_kernels
+@pytest.mark.parametrize("queries_per_head", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("reconstruct", "window", "cache_dtype"),
+    [(False, None, None), (True, 50, None), (False, None, torch.float8_e5m2)],
+)
+def test_decodes_up_to_16_queries(
+    queries_per_head: int, reconstruct: bool, window: int | None, cache_dtype: torch.dtype | None
+) -> None:
+    """In splits of 64 keys, of which some queries of a sequence see fewer; 17 are a prompt."""
+    case = Case(
+        num_kv_heads=1,
+        queries_per_head=queries_per_head,
+        rank_k=20,
+        rank_v=18,
+        sequences=((108, 16), (60, 7), (90, 1), (0, 16), (47, 17)),
+        reconstruct=reconstruct,
+        window=window,
+        cache_dtype=cache_dtype,
+    )
+    close(case, Moving(1, hints=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter calls")
+def test_decode_programs_without_queries_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_eigen.kernels.gpu.plain import attention
+
+    tiles, softmax = [], attention.online_softmax
+
+    def counted(logits: Any, *rest: Any) -> Any:
+        tiles.append(logits.shape)
+        return softmax(logits, *rest)
+
+    monkeypatch.setattr(attention, "online_softmax", counted)
+    case = Case(num_kv_heads=1, queries_per_head=4, sequences=((4, 16), (9, 1), (0, 6)))
+    close(case, Moving(hints=True))
+    # Of three sequences with four programs each: 16, 1 and 6 queries, four a program.
+    assert len(tiles) == 4 + 1 + 2
 
 
 @needs_kernels
@@ -257,6 +299,7 @@ def test_down_projects_into_fp8(cache_dtype: torch.dtype, projects_values: bool)
         {"scores": ScoreOptions(1.0, alibi_slopes=torch.zeros(3))},
         {"seq_lens": torch.tensor([2, 2], dtype=torch.int32)},
         {"block_table": torch.zeros(1, 1, dtype=torch.int64)},
+        {"query_start_loc_cpu": torch.tensor([0, 1, 2], dtype=torch.int32)},
         {"rank_k": 300},
         {"num_heads": 3},
     ],
@@ -277,6 +320,7 @@ def test_refuses_what_does_not_fit(wrong: dict[str, Any]) -> None:
         "seq_lens": torch.tensor([2], dtype=torch.int32),
         "block_table": torch.zeros(1, 1, dtype=torch.int32),
         "num_actual_tokens": 2,
+        "query_start_loc_cpu": None,
     }
     call: dict[str, Any] = {
         "query": torch.zeros(2, 2, 8),
@@ -314,21 +358,30 @@ def test_nan_in_nan_out(place: str, reconstruct: bool) -> None:
 
 @pytest.mark.skipif(not HAS_GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("reconstruct", [False, True])
-def test_replays_in_a_cuda_graph_with_other_lengths(reconstruct: bool) -> None:
-    case = Case(rank_k=40, rank_v=24, sequences=((900, 1), (30, 1)), reconstruct=reconstruct)
-    long, short = make(case), make(dataclasses.replace(case, sequences=((700, 1), (4, 1))))
+@pytest.mark.parametrize("queries", [1, 16])
+def test_replays_in_a_cuda_graph_with_other_lengths(queries: int, reconstruct: bool) -> None:
+    case = Case(
+        queries_per_head=4,
+        rank_k=40,
+        rank_v=24,
+        sequences=((900, queries), (30, queries)),
+        reconstruct=reconstruct,
+    )
+    others = ((700, queries), (4, queries))
+    long, short = make(case), make(dataclasses.replace(case, sequences=others))
     kernels = GpuKernels()
     layer = kernels.prepare(move(layer_of(long)))
-    step = move(dataclasses.replace(step_of(long), max_query_len=1))
+    step = move(dataclasses.replace(step_of(long), max_query_len=queries))
     plan = kernels.plan(step, layer.spec.plan_geometry(16))
     cache = torch.randn(long.num_blocks, 2, 16, 64, device="cuda")
-    arguments = move(long.query[:2]), cache, torch.empty(2, 2, 24, device="cuda"), plan
+    output = torch.empty(2 * queries, 8, 24, device="cuda")
+    arguments = move(long.query[: 2 * queries]), cache, output, plan
     layer.attend(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layer.attend(*arguments)
     step.seq_lens.copy_(short.seq_lens)
     graph.replay()
-    replayed = arguments[2].clone()
+    replayed = output.clone()
     layer.attend(*arguments)
-    assert torch.equal(replayed, arguments[2])
+    assert torch.equal(replayed, output)

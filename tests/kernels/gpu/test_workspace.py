@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU kernels' workspace is bounded, shared by all layers, and allocated before the first step.
+"""What a step launches; the GPU kernels' workspace is bounded, shared by all layers, and allocated
+before the first step.
 
 Kernels are not run here: launches are recorded in their place. `test_kernels.py` runs them.
 """
@@ -26,18 +27,12 @@ from vllm_eigen.kernels.interface import LayerSpec
 pytest.importorskip("triton")
 
 BOUND = 256 << 20
-NAMES = (
-    "paged_attention_kernel",
-    "combine_splits_kernel",
-    "cache_write_kernel",
-    "down_project_and_write_kernel",
-)
 
 
 @settings(deadline=None, derandomize=True)
 @given(
     num_seqs=st.integers(1, 300),
-    rows=st.tuples(st.integers(1, 4), st.integers(1, 64), st.integers(2, 128)),
+    rows=st.tuples(st.integers(1, 16), st.integers(1, 64), st.integers(2, 128)),
     width=st.sampled_from([16, 48, 128, 256]),
 )
 def test_parts_cover_all_sequences_within_the_bound(
@@ -51,8 +46,9 @@ def test_parts_cover_all_sequences_within_the_bound(
     for part, partials in made.parts(num_seqs, rows, width, "meta"):
         assert part.start == end < part.stop
         end = part.stop
-        assert part.start % workspace.ALIGNED_SEQS == 0 or num_seqs < workspace.ALIGNED_SEQS
-        shape = (part.stop - part.start, *rows)
+        size = part.stop - part.start
+        assert part.start % workspace.ALIGNED_SEQS == 0 or size < workspace.ALIGNED_SEQS
+        shape = (size, *rows)
         assert partials.acc.shape == (*shape, width)
         assert partials.row_max.shape == partials.row_sum.shape == shape
         begins = [
@@ -75,7 +71,8 @@ def test_what_the_mode_forbids() -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
-    """What is launched: the kernel, its grid, and the addresses of its tensors."""
+    """What is launched: the kernel (decode and prefill are one), its grid, and the addresses of its
+    tensors."""
     from vllm_eigen.kernels.gpu import kernels, layer
     from vllm_eigen.kernels.gpu.coded import layer as coded_layer
 
@@ -86,9 +83,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]
             self.name = name
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*arguments: Any, **_: Any) -> None:
+            def launch(*arguments: Any, is_decode: bool | None = None, **_: Any) -> None:
+                name = {None: self.name, True: "decode", False: "prefill"}[is_decode]
                 addresses = [a.data_ptr() if torch.is_tensor(a) else a for a in arguments]
-                recorded.append((self.name, (grid, *addresses)))
+                recorded.append((name, (grid, *addresses)))
 
             return launch
 
@@ -127,7 +125,7 @@ def _step(lengths: list[int], queries: list[int], block_size: int, max_model_len
 
 
 @pytest.mark.parametrize("coded", [False, True], ids=("numbers", "codes"))
-@pytest.mark.parametrize("prefill", [1, 4, 700], ids=lambda n: f"{n}-queries")
+@pytest.mark.parametrize("prefill", [1, 16, 700], ids=lambda n: f"{n}-queries")
 def test_256_sequences_with_one_of_131k_tokens(
     coded: bool, prefill: int, launches: list[tuple[str, tuple[Any, ...]]]
 ) -> None:
@@ -163,6 +161,52 @@ def test_256_sequences_with_one_of_131k_tokens(
     # Rows of 32 numbers and one query fit at once.
     assert len(decoded) > 1 or (coded and prefill == 1)
     assert sum(grid[1] for grid, *_ in decoded) == num_seqs
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=("numbers", "codes"))
+@pytest.mark.parametrize("on_host", [False, True], ids=("bound", "on-host"))
+@pytest.mark.parametrize(
+    ("queries", "decoded", "is_prefilled"),
+    [
+        ([1, 1, 1], 1, False),
+        ([4, 1, 0], 4, False),
+        ([1, 5, 2], 5, False),
+        ([16, 16, 16], 16, False),
+        ([17, 17, 17], 0, True),
+        ([300, 1, 1], 1, True),
+        ([1, 16, 17], 16, True),
+    ],
+    ids=str,
+)
+def test_up_to_16_queries_are_decoded(
+    coded: bool,
+    on_host: bool,
+    queries: list[int],
+    decoded: int,
+    is_prefilled: bool,
+    launches: list[tuple[str, tuple[Any, ...]]],
+) -> None:
+    """A tile of decode has 4 queries of 4 heads. Beside a prompt all 16 have room, unless the host
+    knows how many queries sequences have."""
+    from vllm_eigen.kernels.gpu.kernels import GpuKernels
+
+    kernels, spec = GpuKernels(), _spec(coded)
+    prepared = kernels.prepare(spec)
+    assert prepared.decode.block_m // prepared.decode_heads == 4
+    step = _step([8000, 3000, 2000], queries, 64, 8192)
+    if on_host:
+        step = dataclasses.replace(step, query_start_loc_cpu=step.query_start_loc)
+    tokens, width = sum(queries), spec.key_width + spec.value_width
+    cache = torch.zeros(2, 8, 64, width, dtype=spec.cache_dtype)
+    query = torch.zeros(tokens, 32, spec.query_size, dtype=spec.dtype)
+    output = torch.zeros(tokens, 32, spec.rank_v, dtype=spec.dtype)
+    prepared.attend(query, cache, output, kernels.plan(step, spec.plan_geometry(64)))
+    grids = {name: grid for name, (grid, *_) in launches}
+    assert len(grids) == len(launches)
+    slots = 16 if is_prefilled and not on_host else decoded
+    assert ("prefill" in grids) == is_prefilled
+    assert grids.get("decode") == ((-(-slots // 4) * 8, 3, 16) if slots else None)
+    assert grids.get("combine_splits_kernel") == ((32, 3, slots) if slots else None)
 
 
 def test_layers_share_one_buffer(launches: list[tuple[str, tuple[Any, ...]]]) -> None:

@@ -108,6 +108,7 @@ def _builder(kernels: Kernels) -> Any:
 def test_a_capture_keeps_the_buffers_and_the_bounds(queries: int) -> None:
     common = SimpleNamespace(
         query_start_loc=torch.arange(5, dtype=torch.int32) * queries,
+        query_start_loc_cpu=torch.arange(5, dtype=torch.int32) * queries,
         seq_lens=torch.full((4,), 131_072, dtype=torch.int32),
         block_table_tensor=torch.zeros(4, 3, dtype=torch.int32),
         num_reqs=4,

@@ -37,6 +37,7 @@ def _common(given: Inputs) -> Any:
     step = given.step
     return SimpleNamespace(
         query_start_loc=step.query_start_loc,
+        query_start_loc_cpu=step.query_start_loc_cpu,
         seq_lens=step.seq_lens,
         block_table_tensor=step.block_table,
         num_reqs=step.seq_lens.shape[0],

@@ -54,6 +54,8 @@ def check_step(step: Step) -> None:
     num_seqs = step.seq_lens.shape[0]
     rows = step.query_start_loc.shape[0] - 1, step.block_table.shape[0]
     _require(rows == (num_seqs, num_seqs), "sequences of the step's tables")
+    if (starts := step.query_start_loc_cpu) is not None:
+        _require(starts.shape == step.query_start_loc.shape, "query_start_loc and its copy")
     _require(step.block_table.stride(1) == 1, "layout of the block table")
 
 

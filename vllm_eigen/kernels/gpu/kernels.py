@@ -3,15 +3,16 @@
 
 Blocks of the KV cache are token-major ("diffkv"), as in `reference.py` and vLLM's own kernels, and
 where they hold codes in rows of units (`coded/layout.py`).
-Which kernel serves a sequence depends on that sequence alone: short runs of queries go to the
-decode kernel (splits of a fixed number of keys), long ones to the prefill kernel, in one mixed
-batch. No call waits for the device, and every size comes from shapes, so a step can be captured in
-a CUDA graph.
+Which kernel serves a sequence depends on that sequence alone: up to `Tuning.max_decode` queries go
+to the decode kernel (splits of a fixed number of keys), more to the prefill kernel, in one mixed
+batch. No call waits for the device, and every size comes from shapes and from what the host knows
+of the step, so a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -119,13 +120,25 @@ class GpuKernels:
         """See `interface.Kernels.plan`. Reads shapes and the host's bounds, not the device."""
         check_step(step)
         width = step.block_table.shape[1] * geometry.block_size
+        max_query_len = min(step.num_actual_tokens, step.max_query_len or step.num_actual_tokens)
         return GpuPlan(
             step,
             geometry,
-            max_query_len=min(step.num_actual_tokens, step.max_query_len or step.num_actual_tokens),
+            max_query_len=max_query_len,
+            max_decode_query_len=self._max_decode_query_len(step, max_query_len),
             max_seq_len=min(width, step.max_seq_len or width),
             split_size=self._split_size(width),
         )
+
+    def _max_decode_query_len(self, step: Step, max_query_len: int) -> int:
+        """Queries of a decoded sequence at most. Beside a prompt most have one, and room for
+        max_decode would launch many programs that have nothing to do."""
+        most = self.tuning.max_decode
+        if max_query_len <= most or step.query_start_loc_cpu is None:
+            return min(max_query_len, most)
+        starts = step.query_start_loc_cpu.tolist()
+        lengths = (end - start for start, end in pairwise(starts))
+        return max((length for length in lengths if length <= most), default=0)
 
     def _split_size(self, width: int) -> int:
         """Keys of a split, a multiple of every tile. It depends on the width of the block table in

@@ -123,32 +123,28 @@ class GpuLayer:
         num_seqs = plan.step.seq_lens.shape[0]
         if query.shape[0] == 0 or num_seqs == 0:
             return
-        max_decode = self._max_decode
-        num_slots = min(max_decode, gpu_plan.max_query_len)
+        num_slots = gpu_plan.max_decode_query_len
         num_splits = self._num_splits(gpu_plan.max_seq_len, gpu_plan.split_size)
         width = self._partial_width
         rows = (num_slots, self.spec.num_heads, num_splits) if num_splits > 1 else (0,)
         # So many sequences at a time as the workspace has room for.
         for part, partials in self.workspace.parts(num_seqs, rows, width, query.device):
             some = gpu_plan if num_seqs <= part.stop - part.start else _part(gpu_plan, part)
-            call = Call(query, cache, output, some, partials, num_slots, num_splits, max_decode)
-            self._attend(call, self.decode, is_decode=True)
-            if num_splits > 1:
-                self._combine(call)
-        if gpu_plan.max_query_len > max_decode:
+            call = Call(query, cache, output, some, partials, num_slots, num_splits)
+            if num_slots > 0:
+                self._attend(call, self.decode, is_decode=True)
+                if num_splits > 1:
+                    self._combine(call)
+        if gpu_plan.max_query_len > self.tuning.max_decode:
             call = replace(call, plan=gpu_plan)
             self._attend(call, self.prefill, is_decode=False)
 
     def reserve(self, limits: Limits, split_size: int) -> None:
         """Make room for the partial results of the largest step within `limits`."""
         num_splits = self._num_splits(limits.max_seq_len, split_size)
-        rows = (self._max_decode, self.spec.num_heads, num_splits) if num_splits > 1 else (0,)
+        heads = self.spec.num_heads
+        rows = (self.tuning.max_decode, heads, num_splits) if num_splits > 1 else (0,)
         self.workspace.reserve(limits.max_num_seqs, rows, self._partial_width, limits.device)
-
-    @property
-    def _max_decode(self) -> int:
-        """Queries a sequence may have to be decoded rather than prefilled."""
-        return min(self.tuning.max_decode, self.decode.block_m // self.decode_heads)
 
     @property
     def _partial_width(self) -> int:
@@ -164,7 +160,7 @@ class GpuLayer:
         """Splits of a sequence at most."""
         if (window := self.spec.scores.sliding_window) is not None:
             # Wherever they begin, the keys of a window touch at most one split more.
-            max_seq_len = min(max_seq_len, window + self._max_decode + split_size)
+            max_seq_len = min(max_seq_len, window + self.tuning.max_decode + split_size)
         return int(triton.cdiv(max_seq_len, split_size))
 
     def _attend(self, call: Call, tile: Tile, *, is_decode: bool) -> None:
@@ -190,13 +186,14 @@ class GpuLayer:
         """Query heads that a program serves."""
         return self.decode_heads if is_decode else self.shape.heads_per_reconstructed
 
-    def _grid(self, call: Call, tile: Tile, is_decode: bool) -> tuple[int, int]:
+    def _grid(self, call: Call, tile: Tile, is_decode: bool) -> tuple[int, int, int]:
         """Programs of an attention kernel."""
         heads = self._heads_per_tile(is_decode)
         num_seqs = call.plan.step.seq_lens.shape[0]
-        rows = call.query.shape[0] // (tile.block_m // heads)
-        blocks = num_seqs if is_decode else rows + num_seqs
-        return blocks * (self.shape.num_heads // heads), call.num_splits if is_decode else 1
+        num_tiles, block_q = self.shape.num_heads // heads, tile.block_m // heads
+        if is_decode:
+            return num_tiles * triton.cdiv(call.num_slots, block_q), num_seqs, call.num_splits
+        return num_tiles * (call.query.shape[0] // block_q + num_seqs), 1, 1
 
     def _operands(self, call: Call) -> tuple[Any, ...]:
         """What both attention kernels begin with: tensors, and how the step is cut."""
@@ -259,7 +256,7 @@ class GpuLayer:
             "half": packed.half if packed else 0,
             "rest": packed.rest if packed else 0,
             "is_decode": is_decode,
-            "max_decode": call.max_decode,
+            "max_decode": self.tuning.max_decode,
             "swap_ab": tile.swap_ab,
             # Addresses of many operands in shared memory, and angles, would not fit the registers;
             # a basis that is read for each tile would move out of the loop.
@@ -276,7 +273,7 @@ class GpuLayer:
     def _combine(self, call: Call) -> None:
         step, output = call.plan.step, call.output
         width = self._partial_width
-        combine_splits_kernel[(self.spec.num_heads, step.seq_lens.shape[0])](
+        combine_splits_kernel[(self.spec.num_heads, step.seq_lens.shape[0], call.num_slots)](
             *(output, call.partials.acc, call.partials.row_max, call.partials.row_sum),
             *(step.query_start_loc, step.seq_lens),
             *(call.num_slots, call.num_splits, call.plan.split_size),
@@ -286,7 +283,7 @@ class GpuLayer:
             num_heads=self.spec.num_heads,
             BLOCK_V=triton.next_power_of_2(self.sizes.rank),
             window=self.spec.scores.sliding_window or 0,
-            max_decode=call.max_decode,
+            max_decode=self.tuning.max_decode,
             BLOCK_SPLITS=16,
         )
 
@@ -295,7 +292,7 @@ class GpuLayer:
 class Call:
     """The tensors of one `attend`.
 
-    num_slots: queries of a decoded sequence at most; max_decode: the most that decode takes.
+    num_slots: queries of a decoded sequence at most.
     """
 
     query: torch.Tensor
@@ -305,7 +302,6 @@ class Call:
     partials: Partials
     num_slots: int
     num_splits: int
-    max_decode: int
 
 
 def _part(plan: GpuPlan, part: slice) -> GpuPlan:

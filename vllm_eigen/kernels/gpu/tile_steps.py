@@ -37,6 +37,15 @@ def find_sequence(q_block, query_start_loc, num_seqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def first_key(seq_len, num_queries, window: tl.constexpr):
+    """The first key that any of a sequence's last num_queries queries sees."""
+    begin = 0
+    if window > 0:
+        begin = tl.maximum(seq_len - num_queries - window + 1, 0)
+    return begin
+
+
+@triton.jit
 def find_work(
     query_start_loc,
     seq_lens,
@@ -61,18 +70,19 @@ def find_work(
     head_tile = tl.program_id(0) % num_tiles
     q_block = tl.program_id(0) // num_tiles
     if is_decode:
-        sequence = q_block
-        q_block = 0
+        # Blocks of a sequence's queries run beside each other, and read the same keys from L2.
+        sequence = tl.program_id(1)
     else:
         sequence = find_sequence(q_block, query_start_loc, num_seqs, BLOCK_Q)
         q_block -= tl.load(query_start_loc + sequence) // BLOCK_Q + sequence
     first_token = tl.load(query_start_loc + sequence)
     num_queries = tl.load(query_start_loc + sequence + 1) - first_token
     seq_len = tl.load(seq_lens + sequence)
+    exists = (q_block * BLOCK_Q < num_queries) & (seq_len > 0)
     if is_decode:
-        exists = (num_queries <= max_decode) & (num_queries > 0) & (seq_len > 0)
+        exists &= num_queries <= max_decode
     else:
-        exists = (num_queries > max_decode) & (q_block * BLOCK_Q < num_queries) & (seq_len > 0)
+        exists &= num_queries > max_decode
         # The last queries see the most keys: start them first.
         q_block = (num_queries - 1) // BLOCK_Q - q_block
 
@@ -86,14 +96,13 @@ def find_work(
 
     # Keys [begin, end) of all rows, then those of this split.
     end = seq_len - num_queries + tl.minimum((q_block + 1) * BLOCK_Q, num_queries)
-    begin = 0
-    if window > 0:
-        begin = tl.maximum(seq_len - num_queries + q_block * BLOCK_Q - window + 1, 0)
+    begin = first_key(seq_len, num_queries - q_block * BLOCK_Q, window)
     only_split = True
     if is_decode:
-        first_split = begin // split_size
-        only_split = (end - 1) // split_size == first_split
-        split = first_split + tl.program_id(1)
+        # Splits are numbered from the first key that the sequence's first query sees.
+        first_split = first_key(seq_len, num_queries, window) // split_size
+        only_split = (seq_len - 1) // split_size == first_split
+        split = first_split + tl.program_id(2)
         begin = tl.maximum(begin, split * split_size)
         end = tl.minimum(end, (split + 1) * split_size)
         exists &= begin < end

@@ -45,7 +45,8 @@ class Tile:
 class Tuning:
     """What to measure on a new GPU; a tile grows where one token has more heads than block_m.
 
-    max_decode: the most queries a sequence may have to be decoded rather than prefilled.
+    max_decode: the most queries a sequence may have to be decoded rather than prefilled. Those that
+        do not fit one tile are in several, which read the same keys.
     decode_split: the fewest keys a split holds. Long contexts take larger splits, by the width of
         the block table, which an engine never changes.
     relative_rotation: in decode, split positions into tile start and offset where the rotary table
@@ -59,7 +60,7 @@ class Tuning:
     decode_coded: Tile = Tile(16, 64, 4, 5, swap_ab=True)
     decode_coded_reconstruct: Tile = Tile(16, 64, 4, 3, swap_ab=True)
     prefill: Tile = Tile(128, 64, 8, 3, swap_ab=False)
-    max_decode: int = 4
+    max_decode: int = 16
     decode_split: int = 512
     relative_rotation: bool = True
     share_latents: bool = True

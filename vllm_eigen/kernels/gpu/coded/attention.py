@@ -310,7 +310,7 @@ def coded_attention_kernel(
         store_planes(target, acc, inverse, valid, value_eight, value_four, value_two, value_tiles)
     elif is_decode:
         slot = (sequence.to(tl.int64) * num_slots + row_query) * num_heads + head
-        slot = slot * num_splits + tl.program_id(1)
+        slot = slot * num_splits + tl.program_id(2)
         tl.store(partial_m + slot, m_i, mask=row_valid)
         tl.store(partial_l + slot, l_i, mask=row_valid)
         partial = partial_acc + slot[:, None] * partial_width

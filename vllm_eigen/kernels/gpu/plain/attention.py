@@ -116,8 +116,9 @@ def paged_attention_kernel(
     """Attend from one tile of queries to one run of keys.
 
     query `[num_tokens, num_heads, head_size or rank_k]`, output `[num_tokens, num_heads, rank_v]`,
-    cache as in `Kernels`. Program (tile of heads + number of such tiles * tile of tokens, split).
-    Decode covers sequences of at most max_decode queries, prefill (one split) the longer ones.
+    cache as in `Kernels`. Decode covers sequences of at most max_decode queries, prefill (one
+    split) the longer ones. Program (tile of heads + number of such tiles * tile of tokens), in
+    decode (that of a sequence's tokens, sequence, split).
     partial_acc `[num_seqs, num_slots, num_heads, num_splits, padded rank_v]`, partial_m and
     partial_l without the last dimension receive the float32 results of sequences of several splits;
     num_slots is what a decoded sequence may have of queries. Chunks and planes: `latents.py`.
@@ -312,7 +313,7 @@ def paged_attention_kernel(
         store_sums(target, acc, inverse, valid, v_words, v_chunks, planes, swap_ab)
     elif is_decode:
         slot = (sequence.to(tl.int64) * num_slots + row_query) * num_heads + head
-        slot = slot * num_splits + tl.program_id(1)
+        slot = slot * num_splits + tl.program_id(2)
         tl.store(partial_m + slot, m_i, mask=row_valid)
         tl.store(partial_l + slot, l_i, mask=row_valid)
         last: tl.constexpr = len(v_chunks) - 1
