@@ -104,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
             for label, model, cache in _sides(args)
         }
     rows = _rows(answers)
+    if len(args.lengths) > 1:
+        rows += over_lengths(rows)
     write_json(args.output_json, {"rows": rows, "provenance": collect_provenance()})
     table = Table(title="facts found in long texts")
     for heading in ("cache", "task", "tokens", "KV ratio", "found, %", "more than base"):
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(
             row["label"],
             row["task"],
-            f"{row['length']:,}",
+            f"{row['length']:,}" if row["length"] else "all",
             f"{row['kv_ratio']:.4f}",
             f"{row['found']:.1f} ± {row['found_error']:.1f}",
             f"{row['change']:+.1f} ± {row['change_error']:.1f}",
@@ -206,6 +208,26 @@ def _rows(answers: dict[str, tuple[float, Scores]]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def over_lengths(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a server and task, `length` None: the mean over lengths, with its error.
+
+    Lengths are strata of equal weight: the variance of the mean is the sum of theirs over their
+    number squared.
+    """
+    from math import hypot
+
+    found = []
+    for label, task in dict.fromkeys((row["label"], row["task"]) for row in rows):
+        parts = [row for row in rows if (row["label"], row["task"]) == (label, task)]
+        row = {**parts[0], "length": None, "questions": sum(part["questions"] for part in parts)}
+        for name in ("found", "change"):
+            row[name] = sum(part[name] for part in parts) / len(parts)
+            errors = (part[f"{name}_error"] for part in parts)
+            row[f"{name}_error"] = hypot(*errors) / len(parts)
+        found.append(row)
+    return found
 
 
 def _percent(values: Sequence[float]) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from vllm_eigen.benchmarks.quality.haystack import (
     Question,
     haystacks,
 )
-from vllm_eigen.benchmarks.quality.needle import _rows, ask
+from vllm_eigen.benchmarks.quality.needle import _rows, ask, over_lengths
 from vllm_eigen.calibration.model.source import open_source
 from vllm_eigen.common.errors import InputError
 
@@ -109,6 +109,14 @@ def test_rows_compare_with_the_first_server() -> None:
     assert (rows[0]["change"], rows[0]["change_error"]) == (0.0, 0.0)
     # Differences 0, -1, 0, 0: mean -0.25, standard deviation 0.5, two standard errors 0.5.
     assert (rows[1]["change"], rows[1]["change_error"]) == (-25.0, pytest.approx(50.0))
+
+
+def test_lengths_are_pooled_with_equal_weights() -> None:
+    scores = {(64, "multi-key"): [1.0, 0.0, 1.0, 1.0], (128, "multi-key"): [0.0, 1.0, 0.0, 0.0]}
+    [row] = over_lengths(_rows({"base": (1.0, scores)}))
+    assert (row["length"], row["questions"], row["found"]) == (None, 8, 50.0)
+    # Both have a standard deviation of 0.5, two standard errors of 50 points.
+    assert row["found_error"] == pytest.approx(50 / 2**0.5)
 
 
 def test_a_text_that_is_no_text(tmp_path: Path) -> None:
