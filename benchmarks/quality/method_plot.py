@@ -74,7 +74,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         handles,
         labels,
         loc="outside upper center",
-        ncols=min(len(labels), 3 * columns),
+        ncols=min(len(labels), 2 * columns),
         frameon=False,
     )
     plots.save(figure, path)
