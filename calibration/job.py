@@ -68,6 +68,8 @@ class Recipe:
         if isinstance(chosen, RankMethod):
             rank_rule = rank_rule or chosen.rank_rule
         else:
+            if rank_rule is not None:
+                raise UsageError(f"method {method} codes directions; a rank rule does not fit it")
             codes_of(source.geometry.head_size)
         return cls(
             chosen,

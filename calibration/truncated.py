@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vllm_eigen.calibration.methods.basis import LayerBases, LayerMaps
-from vllm_eigen.calibration.model.activations import ActivationStream
+from vllm_eigen.calibration.model.activations import ActivationStream, after_layers
 from vllm_eigen.calibration.model.hooks import LayerCache, coded_cache, compress_layer
 from vllm_eigen.calibration.model.layerwise import LayerwiseModel
 from vllm_eigen.checkpoint.config import LayerRanks
@@ -83,11 +83,6 @@ class TruncatedModel:
         Args:
             cache: None rounds coded latents as the kernels do, and keeps others as they are.
         """
-        stream = ActivationStream(self.model, tokens)
-        for index in range(self.model.num_layers):
-            layer = self.model.layer(index)
-            with self.hooks(index, layer, cache):
-                for _ in stream.advance(index, layer):
-                    pass
-            step()
-        return stream
+        return after_layers(
+            self.model, tokens, step, lambda index, layer: self.hooks(index, layer, cache)
+        )

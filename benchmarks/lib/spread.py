@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A median and how far the measurements lie apart."""
+"""A median and how far the measurements lie apart, and the error of a mean."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+def two_errors(values: Sequence[float]) -> float:
+    """Two standard errors of the mean; NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    return 2 * statistics.stdev(values) / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)

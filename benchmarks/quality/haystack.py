@@ -11,10 +11,9 @@ from __future__ import annotations
 import random
 import re
 import string
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_eigen.common.errors import InputError
 
@@ -28,6 +27,8 @@ SEVERAL = 4
 """Keys of a multi-query question, and values of a multi-value one."""
 HOPS = 4
 """Assignments of a chain of variables after the first."""
+MOST_EXPECTED = max(SEVERAL, HOPS + 1)
+"""Strings that an answer must contain at most."""
 TASKS = ("multi-key", "multi-query", "multi-value", "variable tracking")
 
 
@@ -61,12 +62,21 @@ class Haystack:
     depths: tuple[float, ...]
 
 
+class _Asked(NamedTuple):
+    """A question as text, with the beginning of its answer."""
+
+    task: str
+    question: str
+    answer: str
+    expected: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class _Facts:
-    """Facts of one task in their order, and (task, text, expected) of its questions."""
+    """Facts in their order, and the questions about them."""
 
     facts: list[str]
-    questions: Sequence[tuple[str, str, tuple[str, ...]]]
+    asked: list[_Asked]
 
 
 def haystacks(
@@ -104,10 +114,7 @@ def haystacks(
         questions = tuple(
             Question(task, tuple(encode(f"\nQuestion: {asked}\nAnswer: {answer}")), expected)
             for group in groups
-            for task, (asked, _, answer), expected in (
-                (task, question.partition("|"), expected)
-                for task, question, expected in group.questions
-            )
+            for task, asked, answer, expected in group.asked
         )
         longest = max(len(question.tokens) for question in questions)
         room = length - len(begin) - longest - sum(map(len, facts))
@@ -142,18 +149,29 @@ def _number(draw: random.Random) -> str:
 def _codes(draw: random.Random, keys: int) -> _Facts:
     """A code for each name; asked for one, and for several at once."""
     codes = {name: _number(draw) for name in draw.sample(NAMES, keys)}
-    questions: list[tuple[str, str, tuple[str, ...]]] = [
-        ("multi-key", f"What is the door code of {name}?|The door code of {name} is", (code,))
+    asked = [
+        _Asked(
+            "multi-key",
+            f"What is the door code of {name}?",
+            f"The door code of {name} is",
+            (code,),
+        )
         for name, code in codes.items()
     ]
     names = list(codes)
     for start in range(0, keys - SEVERAL + 1, SEVERAL):
         some = names[start : start + SEVERAL]
         listed = f"{', '.join(some[:-1])} and {some[-1]}"
-        text = f"What are the door codes of {listed}?|The door codes of {listed} are"
-        questions.append(("multi-query", text, tuple(codes[name] for name in some)))
+        asked.append(
+            _Asked(
+                "multi-query",
+                f"What are the door codes of {listed}?",
+                f"The door codes of {listed} are",
+                tuple(codes[name] for name in some),
+            )
+        )
     facts = [f"The door code of {name} is {code}." for name, code in codes.items()]
-    return _Facts(facts, questions)
+    return _Facts(facts, asked)
 
 
 def _several_values(draw: random.Random) -> _Facts:
@@ -165,15 +183,16 @@ def _several_values(draw: random.Random) -> _Facts:
         for number in many
     ]
     draw.shuffle(facts)
-    questions = [
-        (
+    asked = [
+        _Asked(
             "multi-value",
-            f"What are all {SEVERAL} parcel numbers of {name}?|The parcel numbers of {name} are",
+            f"What are all {SEVERAL} parcel numbers of {name}?",
+            f"The parcel numbers of {name} are",
             tuple(many),
         )
         for name, many in numbers.items()
     ]
-    return _Facts(facts, questions)
+    return _Facts(facts, asked)
 
 
 def _variables(draw: random.Random) -> _Facts:
@@ -183,11 +202,13 @@ def _variables(draw: random.Random) -> _Facts:
     number = _number(draw)
     facts = [f"VAR {chain[0]} = {number}."]
     facts += [f"VAR {new} = VAR {old}." for old, new in pairwise(chain)]
-    asked = (
-        f"Which {len(chain)} variables have the value {number}?|The variables with the value "
-        f"{number} are VAR"
+    asked = _Asked(
+        "variable tracking",
+        f"Which {len(chain)} variables have the value {number}?",
+        f"The variables with the value {number} are VAR",
+        tuple(chain),
     )
-    return _Facts(facts, [("variable tracking", asked, tuple(chain))])
+    return _Facts(facts, [asked])
 
 
 def _merged(draw: random.Random, groups: list[list[str]]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vllm_eigen.benchmarks.lib.spread import two_errors
 from vllm_eigen.benchmarks.quality.method_rows import Row
 from vllm_eigen.benchmarks.quality.plain_caches import PLAIN_CACHES, PlainCache
 from vllm_eigen.benchmarks.quality.streamed_scores import ZeroShot
@@ -189,15 +190,15 @@ class MethodRuns:
             base_perplexity=round(math.exp(base), 5),
             perplexity=round(math.exp(base) * growth, 5),
             increase=round(100 * (growth - 1), 3),
-            noise=round(100 * _two_errors(gaps) * growth, 3),
+            noise=round(100 * two_errors(gaps) * growth, 3),
             kl=round(statistics.fmean(losses), 6),
             top1=round(statistics.fmean(same), 2),
             tokens=sum(item.tokens for item in windows),
             rank_k=" ".join(str(item.rank_k) for item in compressed.ranks),
             rank_v=" ".join(str(item.rank_v) for item in compressed.ranks),
             test_seq_len=self._test_length,
-            kl_noise=round(_two_errors(losses), 6),
-            top1_noise=round(_two_errors(same), 2),
+            kl_noise=round(two_errors(losses), 6),
+            top1_noise=round(two_errors(same), 2),
             seconds=round(seconds, 1),
             **answered,
         )
@@ -217,13 +218,6 @@ def _answered(
     return {
         "zero_shot": round(100 * statistics.fmean(right), 2),
         "zero_shot_change": round(statistics.fmean(change), 2),
-        "zero_shot_noise": round(_two_errors(change), 2),
+        "zero_shot_noise": round(two_errors(change), 2),
         "questions": len(right),
     }
-
-
-def _two_errors(values: Sequence[float]) -> float:
-    """Two standard errors of the mean; NaN for one value."""
-    if len(values) < 2:
-        return math.nan
-    return 2 * statistics.stdev(values) / math.sqrt(len(values))

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_eigen.benchmarks.lib.results import collect_provenance, write_json
     from vllm_eigen.benchmarks.lib.servers import set_environment
-    from vllm_eigen.benchmarks.quality.haystack import NAMES, SEVERAL, haystacks
+    from vllm_eigen.benchmarks.quality.haystack import MOST_EXPECTED, NAMES, SEVERAL, haystacks
     from vllm_eigen.calibration.model.source import open_source
     from vllm_eigen.common.errors import InputError, UsageError
     from vllm_eigen.common.progress import Reporter
@@ -80,8 +80,9 @@ def run(args: argparse.Namespace) -> int:
     if len(set(names)) < len(names):
         raise UsageError("--eigen: two checkpoints have the same folder name; rename one")
     source = open_source(args.base)
-    if max(args.lengths) >= source.max_positions:
-        raise UsageError(f"--lengths: {args.base} takes at most {source.max_positions} tokens")
+    room = source.max_positions - ANSWER_TOKENS * MOST_EXPECTED
+    if max(args.lengths) > room:
+        raise UsageError(f"--lengths: {args.base} takes at most {room} tokens and an answer")
     try:
         text = args.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -142,8 +143,9 @@ def _serve(
     """The KV ratio of one server, and its scores."""
     from vllm_eigen.benchmarks.lib.endpoint import Endpoint
     from vllm_eigen.benchmarks.lib.servers import running
+    from vllm_eigen.benchmarks.quality.haystack import MOST_EXPECTED
 
-    longest = max(texts) + 16 * ANSWER_TOKENS
+    longest = max(texts) + ANSWER_TOKENS * MOST_EXPECTED
     log = args.output_json.with_name(f"{args.output_json.stem}-{label.replace(' ', '-')}.log")
     options = ["--dtype", args.dtype, "--kv-cache-dtype", cache]
     options += ["--max-model-len", str(longest), "--kv-cache-memory-bytes", str(POOL_BYTES)]
@@ -232,7 +234,8 @@ def over_lengths(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _percent(values: Sequence[float]) -> tuple[float, float]:
     """Mean and two standard errors, in percent; the error of one value is not known."""
-    from statistics import fmean, stdev
+    from statistics import fmean
 
-    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return 100 * fmean(values), 200 * error
+    from vllm_eigen.benchmarks.lib.spread import two_errors
+
+    return 100 * fmean(values), 100 * two_errors(values)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_eigen.calibration.evaluation.questions import answers, read_questions
-from vllm_eigen.calibration.evaluation.scoring import Continuation, Score, Scorer
+from vllm_eigen.calibration.evaluation.scoring import Continuation, Score, Scorer, score_of
 from vllm_eigen.calibration.model.activations import ActivationStream, after_layers
 from vllm_eigen.calibration.model.hooks import LayerCache
 from vllm_eigen.calibration.model.layerwise import LayerwiseModel
@@ -68,17 +68,11 @@ def streamed_scorer(model: LayerwiseModel, run: Run) -> Scorer:
             padded = [items[i].tokens + [0] * (width - len(items[i].tokens)) for i in group]
             stream = run(torch.tensor(padded))
             for row, index in enumerate(group):
-                scores[index] = _score(model, items[index], stream.hidden[row])
+                item = items[index]
+                predicting = stream.hidden[row, item.start - 1 : len(item.tokens) - 1]
+                with torch.inference_mode():
+                    logits = model.token_logits(predicting.to(model.device))
+                scores[index] = score_of(item, logits)
         yield from (scores[index] for index in range(len(items)))
 
     return score
-
-
-def _score(model: LayerwiseModel, item: Continuation, hidden: torch.Tensor) -> Score:
-    """The score from hidden states after the last layer, [item's tokens or more, hidden_size]."""
-    predicting = hidden[item.start - 1 : len(item.tokens) - 1].to(model.device)
-    with torch.inference_mode():
-        rows = model.token_logits(predicting)
-    tokens = torch.tensor(item.tokens[item.start :], device=rows.device)
-    logprobs = rows.log_softmax(-1).gather(-1, tokens[:, None])
-    return float(logprobs.double().sum()), bool((rows.argmax(-1) == tokens).all())

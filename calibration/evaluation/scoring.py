@@ -76,13 +76,18 @@ def transformers_scorer(model: Any) -> Scorer:
                     logits_to_keep=width - first,
                 ).logits
             for item, rows in zip(batch, logits, strict=True):
-                tokens = torch.tensor(item.tokens[item.start :], device=model.device)
-                found = rows[item.start - 1 - first :][: len(tokens)].float()
-                logprobs = found.log_softmax(-1).gather(-1, tokens[:, None])
-                greedy = found.argmax(-1) == tokens
-                yield float(logprobs.double().sum()), bool(greedy.all())
+                begin = item.start - 1 - first
+                yield score_of(item, rows[begin : begin + len(item.tokens) - item.start])
 
     return score
+
+
+def score_of(item: Continuation, logits: torch.Tensor) -> Score:
+    """The score of a continuation by the logits that predict it, [its tokens, vocab_size]."""
+    tokens = torch.tensor(item.tokens[item.start :], device=logits.device)
+    logits = logits.float()
+    logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None])
+    return float(logprobs.double().sum()), bool((logits.argmax(-1) == tokens).all())
 
 
 def logprobs_scorer(

@@ -11,6 +11,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,22 @@ class ActivationStream:
 
 
 def after_layers(
-    model: LayerwiseModel, tokens: torch.Tensor, step: Callable[[], None] = lambda: None
+    model: LayerwiseModel,
+    tokens: torch.Tensor,
+    step: Callable[[], None] = lambda: None,
+    hooks: Callable[[int, nn.Module], AbstractContextManager[Any]] | None = None,
 ) -> ActivationStream:
-    """Hidden states of tokens [num_windows, length] after the last layer; `step` once a layer."""
+    """Hidden states of tokens [num_windows, length] after the last layer; `step` once a layer.
+
+    Args:
+        hooks: what changes a layer while it runs, by its index.
+    """
     stream = ActivationStream(model, tokens)
     for index in range(model.num_layers):
         layer = model.layer(index)
-        for _ in stream.advance(index, layer):
-            pass
+        with contextlib.nullcontext() if hooks is None else hooks(index, layer):
+            for _ in stream.advance(index, layer):
+                pass
         step()
     return stream
 

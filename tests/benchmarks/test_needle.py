@@ -135,6 +135,17 @@ def test_a_text_that_is_no_text(tmp_path: Path) -> None:
     assert list(tmp_path.glob("r*")) == []
 
 
+def test_a_text_that_leaves_no_room_for_an_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = small_llama.write(tmp_path / "m")
+    most = open_source(str(base)).max_positions
+    command = ["bench", "needle", "--base", str(base), "--eigen", str(base), "--text", "none.txt"]
+    options = ["--lengths", str(most - 1), "--output-json", str(tmp_path / "r.json")]
+    assert cli.main([*command, *options]) == 2
+    assert "and an answer" in capsys.readouterr().err
+
+
 def test_checkpoints_of_one_name_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

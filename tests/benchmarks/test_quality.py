@@ -127,6 +127,7 @@ def test_one_command_makes_table_plot_and_provenance(
     assert [row.rank_k for row in rows if row.method == "paper"] != [
         row.rank_k for row in global_rows
     ]
+    assert run([*arguments, "--methods", "coded:global"]) == 1  # bits know no rule of ranks
     # A second run of one method replaces its rows and keeps the others.
     assert run([*arguments, "--methods", "sensitivity"]) == 0
     assert len(read_rows(table)) == len(rows)

@@ -312,6 +312,7 @@ def _part(plan: GpuPlan, part: slice) -> GpuPlan:
         query_start_loc=step.query_start_loc[part.start : part.stop + 1],
         seq_lens=step.seq_lens[part],
         block_table=step.block_table[part],
+        query_start_loc_cpu=None,  # The plan has what it was read for.
     )
     return replace(plan, step=some)
 
